@@ -1,0 +1,5 @@
+"""`python -m cctrain`."""
+
+from cctrain.cli import main
+
+main()

@@ -1,0 +1,225 @@
+"""Did it learn? A trained model on held-out cells, beside baselines that are hard to fool, on the same targets.
+
+Every prediction sees the same visible counts and the same visible size factor; everything fitted is fitted on
+training cells. Two checks guard the answer: the model with the rest of the context hidden (what it gains from
+the cell, and not from knowing genes better), and the targets' counts permuted across cells within each gene
+(which must destroy every advantage: what survives is leakage).
+"""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+
+from cctrain.apply import metrics
+from cctrain.apply.baselines import fit_neighbours, gene_mean, poisson_gene_mean
+from cctrain.apply.predict import predict_targets
+from cctrain.apply.targets import Prediction, TargetSet, TrainingCells, permuted_across_cells
+from cctrain.config import Config
+from cctrain.data.contexts import Context, ContextRule, hide_visible, target_probability
+from cctrain.data.hashing import hash64
+from cctrain.data.loader import Loader
+from cctrain.data.store import TokenStore, open_store
+from cctrain.errors import DataError
+from cctrain.model.saved import load_model
+from cctrain.parallel.mesh import find_device_kind
+from cctrain.run_directory import WEIGHTS, TrainedRun, open_run, write_atomically
+
+log = logging.getLogger(__name__)
+
+# Beyond these the baselines and the arrays of targets would outgrow a laptop; a fixed subset serves.
+MOST_TRAINING_CELLS = 20_000
+MOST_HELD_OUT_CELLS = 2_000
+DETECTED_IN = 0.05  # a gene counts for the correlation within genes from this detection rate on
+
+MODEL, POISSON, GENE_MEAN, NEIGHBOURS, HIDDEN = (
+    "model",
+    "gene mean (Poisson)",
+    "gene mean (negative binomial)",
+    "nearest neighbours",
+    "model, context hidden",
+)
+
+
+def evaluate(run_dir: Path, data: Path | None = None) -> dict[str, Any]:
+    """Held-out metrics of a finished run; written to RUN/evaluation and returned.
+
+    `data` is another store with the same vocabulary than the one trained on. Raises UsageError, DataError or
+    CheckpointError.
+    """
+    run = open_run(run_dir)
+    store = _open(run, data)
+    config = run.config
+    targets, contexts = held_out_targets(store, config)
+    model = load_model(config.model, run.path / WEIGHTS).to(torch.device(find_device_kind()))
+
+    log.info("predicting %s targets of %s held-out cells", f"{len(targets.genes):,}", f"{targets.num_cells:,}")
+    ours = predict_targets(model, contexts())
+    genes, probability = store.genes, target_probability(store.genes, config.objective)
+    neighbours = fit_neighbours(training_cells(store), genes.share, genes.theta, probability, config.run.seed)
+    predictions: dict[str, Prediction] = {
+        MODEL: ours,
+        POISSON: poisson_gene_mean(targets, genes.share),
+        GENE_MEAN: gene_mean(targets, genes.share, genes.theta),
+        NEIGHBOURS: neighbours.predict(targets),
+        HIDDEN: predict_targets(model, map(hide_visible, contexts())),
+    }
+    result = compare(targets, predictions, genes.detection_rate >= DETECTED_IN, config.run.seed)
+    result |= {
+        "run": run.path.name,
+        "store_digest": store.digest,
+        "draws": config.evaluation.draws,
+        "neighbours_settings": vars(neighbours.settings),
+    }
+    write_report(run.path / "evaluation", result)
+    return result
+
+
+def compare(
+    targets: TargetSet, predictions: dict[str, Prediction], considered: np.ndarray, seed: int
+) -> dict[str, Any]:
+    """The table, the sentence and the check for leakage. `considered` is bool (genes,)."""
+    per_cell = {name: metrics.nll_per_cell(targets, *prediction) for name, prediction in predictions.items()}
+    rows = []
+    for name, (log_mu, _) in predictions.items():
+        within_gene = metrics.correlation_within_gene(targets, log_mu, considered)
+        difference = None if name == MODEL else metrics.difference(per_cell[MODEL], per_cell[name], seed)
+        rows.append(
+            {
+                "name": name,
+                "nll": float(np.nanmean(per_cell[name])),
+                "difference": difference,
+                "correlation_within_gene": within_gene["mean"],
+                "genes": within_gene["genes"],
+                "correlation_within_cell": metrics.correlation_within_cell(targets, log_mu)["mean"],
+            }
+        )
+    permuted = permuted_across_cells(targets, seed)
+    on_permuted = metrics.difference(
+        metrics.nll_per_cell(permuted, *predictions[MODEL]),
+        metrics.nll_per_cell(permuted, *predictions[GENE_MEAN]),
+        seed,
+    )
+    return {
+        "cells": targets.num_cells,
+        "targets": len(targets.genes),
+        "rows": rows,
+        "permuted": on_permuted,
+        "sentence": sentence(rows),
+    }
+
+
+def sentence(rows: list[dict[str, Any]]) -> str:
+    """What the comparison says, in words."""
+    parts = []
+    for row in rows:
+        difference = row["difference"]
+        if difference is None:
+            continue
+        verdict = metrics.verdict(difference)
+        link = "from" if verdict == "no different" else "than"
+        name = "itself with the context hidden" if row["name"] == HIDDEN else f"the {row['name']}"
+        parts.append(
+            f"{verdict} {link} {name} ({difference['mean']:+.4f} nats per target, "
+            f"95 % interval {difference['low']:+.4f} to {difference['high']:+.4f})"
+        )
+    cells = next(row["difference"]["cells"] for row in rows if row["difference"])
+    return f"On {cells:,} held-out cells the model is {', '.join(parts[:-1])}, and {parts[-1]}."
+
+
+def held_out_targets(store: TokenStore, config: Config) -> tuple[TargetSet, Any]:
+    """All targets of `evaluation.draws` fixed draws on each held-out cell, and a function that builds the contexts."""
+    cells = np.arange(store.num_train, store.num_cells)
+    if len(cells) > MOST_HELD_OUT_CELLS:
+        order = np.argsort(hash64(store.digest, config.run.seed, "held-out evaluation", cells), kind="stable")
+        cells = np.sort(cells[order[:MOST_HELD_OUT_CELLS]])
+        log.info("evaluating a fixed subset of %s held-out cells", f"{len(cells):,}")
+    samples = np.repeat(cells, config.evaluation.draws)
+    draws = np.tile(np.arange(config.evaluation.draws), len(cells))
+    probability = target_probability(store.genes, config.objective)
+
+    def contexts(max_tokens: int) -> Iterator[Context]:
+        rule = ContextRule(config.run.seed, "validation", probability, store.genes.share, max_tokens)
+        loader = Loader(store, rule, 0, 1, 0)
+        for start in range(0, len(samples), 64):
+            yield from loader.contexts(samples[start : start + 64], draws[start : start + 64])
+
+    # Baselines see every visible gene, whatever the model's longest context is.
+    whole = list(contexts(len(probability)))
+    visible = [np.setdiff1d(np.arange(len(c.genes)), c.targets, assume_unique=True) for c in whole]
+    lengths = [len(c.targets) for c in whole]
+    targets = TargetSet(
+        contexts=np.repeat(np.arange(len(whole)), lengths),
+        genes=np.concatenate([c.genes[c.targets] for c in whole]),
+        counts=np.concatenate([c.target_counts for c in whole]).astype(np.int64),
+        cell_of_context=np.repeat(np.arange(len(cells)), config.evaluation.draws),
+        log_size_factor=np.array([c.log_size_factor for c in whole]),
+        visible_offsets=np.concatenate(([0], np.cumsum([len(v) for v in visible]))),
+        visible_genes=np.concatenate([c.genes[v] for c, v in zip(whole, visible, strict=True)]),
+        visible_counts=np.concatenate([c.counts[v] for c, v in zip(whole, visible, strict=True)]).astype(np.int64),
+        source_of_context=store.source_of_cell[samples],
+    )
+    return targets, lambda: contexts(config.data.max_tokens or len(probability))
+
+
+def training_cells(store: TokenStore) -> TrainingCells:
+    """The training split, or a fixed sample of it, as one matrix."""
+    rows = np.arange(store.num_train)
+    if len(rows) > MOST_TRAINING_CELLS:
+        rows = rows[:MOST_TRAINING_CELLS]  # the store is shuffled
+        log.info("fitting baselines on %s of %s training cells", f"{len(rows):,}", f"{store.num_train:,}")
+    cells = store.cells(rows)
+    shape = (len(rows), len(store.genes.ids))
+    matrix = sp.csr_matrix((cells.counts, cells.genes, cells.offsets), shape=shape)
+    return TrainingCells(matrix, store.source_of_cell[rows], store.measured)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The comparison as a Markdown table."""
+    lines = [
+        "| prediction | NLL per target | model minus it (95 % interval) | correlation within a gene | within a cell |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        d = row["difference"]
+        difference = f"{d['mean']:+.4f} ({d['low']:+.4f} to {d['high']:+.4f})" if d else ""
+        lines.append(
+            f"| {row['name']} | {row['nll']:.4f} | {difference} | {row['correlation_within_gene']:.3f} "
+            f"| {row['correlation_within_cell']:.3f} |"
+        )
+    d = result["permuted"]
+    lines += [
+        "",
+        f"{result['cells']:,} held-out cells, {result['targets']:,} targets in {result['draws']} draws. "
+        "Correlations are of log1p counts; within a gene: across cells, mean over "
+        f"{result['rows'][0]['genes']:,} genes detected in over 5 % of training cells. "
+        "Check for leakage: with the counts of each gene permuted across cells, model minus gene mean is "
+        f"{d['mean']:+.4f} ({d['low']:+.4f} to {d['high']:+.4f}); below zero would be leakage.",
+    ]
+    return "\n".join(lines)
+
+
+def write_report(folder: Path, result: dict[str, Any]) -> None:
+    from cctrain.apply.figures import evaluation_figure
+
+    folder.mkdir(exist_ok=True)
+    write_atomically(folder / "metrics.json", json.dumps(result, indent=1).encode())
+    write_atomically(folder / "table.md", f"{result['sentence']}\n\n{table(result)}\n".encode())
+    evaluation_figure(folder.parent, result, folder / "figure.png")
+
+
+def _open(run: TrainedRun, data: Path | None) -> TokenStore:
+    if data is None:
+        return open_store(Path(run.config.data.store), run.config.data.digest)
+    store = open_store(data)
+    if store.genes.ids.tolist() != run.gene_ids:
+        raise DataError(
+            f"{data} has another vocabulary ({len(store.genes.ids):,} genes) than {run.path} ({len(run.gene_ids):,}): "
+            "evaluate on the store that the run was trained on, or on one prepared with its vocabulary"
+        )
+    return store

@@ -1,0 +1,40 @@
+"""A trained model on packs of contexts: predictions of targets, embeddings of cells; one process, no gradients."""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+
+from cctrain.apply.targets import Prediction
+from cctrain.data.batches import packs
+from cctrain.data.contexts import Context
+from cctrain.model.transformer import Inputs, Transformer
+from cctrain.training.loop import to_inputs
+
+TOKENS_AT_ONCE = 32_768
+
+
+def predict_targets(model: Transformer, contexts: Iterable[Context]) -> Prediction:
+    """log μ and log θ of all targets, float64 (T,), in the order of the contexts."""
+    log_mu, log_theta = [np.zeros(0)], [np.zeros(0)]
+    for inputs in _packed(model, contexts):
+        with torch.inference_mode():
+            mu, theta = model(inputs)
+        log_mu.append(mu.double().cpu().numpy())
+        log_theta.append(theta.double().cpu().numpy())
+    return np.concatenate(log_mu), np.concatenate(log_theta)
+
+
+def embed_contexts(model: Transformer, contexts: Iterable[Context]) -> np.ndarray:
+    """float32 (contexts, width of the embedding)."""
+    parts = []
+    for inputs in _packed(model, contexts):
+        with torch.inference_mode():
+            parts.append(model.embed(inputs).cpu().numpy())
+    return np.concatenate(parts)
+
+
+def _packed(model: Transformer, contexts: Iterable[Context]) -> Iterator[Inputs]:
+    device = model.log_share.device
+    for batch in packs(contexts, TOKENS_AT_ONCE):
+        yield to_inputs(batch, device)

@@ -1,0 +1,323 @@
+"""The whole configuration of a run: every key typed, documented and defaulted here, and nowhere else.
+
+A YAML file holds only what differs from these defaults; `key=value` on the command line comes last. Each
+field says in its metadata what a resumed run may do with it: `fixed` (the science of the run), `schedule`
+(changed only on purpose) or `free` (where and how it runs).
+"""
+
+import difflib
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cctrain.errors import UsageError
+
+MISSING_VALUE = "???"
+
+
+def _declare(resume: str, help: str, default: Any) -> Any:
+    metadata = {"resume": resume, "help": help}
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def fixed(help: str, default: Any) -> Any:
+    """A field that a resumed run must keep."""
+    return _declare("fixed", help, default)
+
+
+def scheduled(help: str, default: Any) -> Any:
+    """A field that a resumed run may change on purpose."""
+    return _declare("schedule", help, default)
+
+
+def free(help: str, default: Any) -> Any:
+    """A field that changes nothing about the mathematics of the run."""
+    return _declare("free", help, default)
+
+
+@dataclass
+class RunConfig:
+    dir: str | None = free("Run directory. Default: runs/<name of the configuration file>.", None)
+    seed: int = fixed("Seed of everything random: initial weights, order, targets, truncation.", 0)
+
+
+@dataclass
+class DataConfig:
+    store: str = free("Token store, a directory written by `cctrain prepare`.", MISSING_VALUE)
+    digest: str | None = fixed(
+        "Content digest that the store must have. Default: taken from the store at the first start.", None
+    )
+    context: str = fixed("What one context holds: `cell`.", "cell")
+    max_tokens: int | None = fixed(
+        "Most visible tokens of a context (its targets come on top); a longer cell is represented by a "
+        "seeded sample. Default: the 99th percentile of the store's cells.",
+        None,
+    )
+    global_batch: int = fixed("Contexts that one optimizer step consumes, whatever the number of ranks.", 16)
+    micro_batch_tokens: int | None = free(
+        "Most tokens a rank holds at once (memory); accumulation follows. Default: 16,384, or the longest "
+        "context if that is longer.",
+        None,
+    )
+    block: int = fixed("Consecutive samples of the store that stay together when the order is shuffled.", 64)
+    window: int = fixed("Blocks that are mixed with each other sample by sample.", 64)
+
+
+@dataclass
+class ObjectiveConfig:
+    target_rate: float = fixed("Probability that a gene at or above `detection_cap` is a target.", 0.2)
+    detection_cap: float = fixed(
+        "Detection rate from which on a gene is a target as often as any; below, in proportion.", 0.25
+    )
+
+
+@dataclass
+class ModelConfig:
+    attention: str = fixed(
+        "`criss_cross` (cost n·M) or `dense` (cost n²: the control for speed and quality).", "criss_cross"
+    )
+    width: int = fixed("Width d of a token.", 256)
+    depth: int = fixed("Number of layers.", 6)
+    heads: int = fixed("Attention heads; each has width / heads dimensions.", 4)
+    latents: int = fixed("Number of learned latents M.", 64)
+    latent_width: int | None = fixed("Width of a latent. Default: `model.width`.", None)
+
+
+@dataclass
+class TrainingConfig:
+    steps: int = scheduled("Optimizer steps in all.", 10_000)
+    precision: str = scheduled("`fp32`, `bf16`, or `fp16` (with loss scaling, on GPUs only).", "fp32")
+    clip: float = scheduled("Largest gradient norm; 0 clips nothing.", 1.0)
+    learning_rate: float = scheduled("Peak learning rate of AdamW.", 1e-3)
+    schedule: str = scheduled(
+        "`cosine` (to final_learning_rate) or `wsd` (warm-up, stable, then a linear decay).", "cosine"
+    )
+    warmup: int = scheduled("Steps of linear warm-up.", 100)
+    decay: float = scheduled("Share of the steps that `wsd` spends on its decay.", 0.2)
+    final_learning_rate: float = scheduled("Where the schedule ends, as a share of the peak.", 0.05)
+    weight_decay: float = fixed("AdamW weight decay of matrices; vectors and embeddings have none.", 0.05)
+    beta1: float = fixed("AdamW's decay of the first moment.", 0.9)
+    beta2: float = fixed("AdamW's decay of the second moment.", 0.98)
+    epsilon: float = fixed("AdamW's denominator.", 1e-8)
+
+
+@dataclass
+class EvaluationConfig:
+    every: int = free("Optimizer steps between looks at the held-out cells while training; 0: never.", 250)
+    cells: int = free("Held-out cells of such a look: a fixed subset with fixed targets.", 64)
+    draws: int = free("Fixed draws of targets per held-out cell in `cctrain evaluate`.", 4)
+
+
+@dataclass
+class ParallelConfig:
+    zero_stage: int = free("DeepSpeed ZeRO stage, 0 to 3: what is sharded over ranks.", 1)
+
+
+@dataclass
+class MemoryConfig:
+    checkpointing: bool = free("Recompute each layer's activations in backward instead of keeping them.", False)
+
+
+@dataclass
+class TrackingConfig:
+    uri: str | None = free(
+        "MLflow tracking URI: a server, or a database such as sqlite:///path/mlflow.db. Default: mlflow.db "
+        "beside the run directory; on a network file system or under Slurm, the journal only.",
+        None,
+    )
+    experiment: str = free("MLflow experiment.", "cctrain")
+
+
+@dataclass
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    deepspeed: dict[str, Any] = free("Further DeepSpeed keys, passed through; they win over ours.", {})
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> Config:
+    """Read defaults, then the YAML file, then `key=value` overrides.
+
+    Raises UsageError naming the file or the override, the key, and the nearest key that exists.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"there is no configuration file {path}: pass a YAML file, for example configs/cell.yaml")
+    try:
+        values = OmegaConf.load(path)
+    except Exception as error:  # the YAML parser and OmegaConf have many error types, all the user's
+        raise UsageError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, DictConfig):
+        raise UsageError(f"{path} holds no keys: a configuration is a mapping such as `data: {{store: ...}}`")
+    merged = _merge(OmegaConf.structured(Config), values, f"in {path}")
+    for override in overrides or []:
+        key, separator, _ = override.partition("=")
+        if not separator or not key:
+            raise UsageError(
+                f"cannot read {override!r} as an override: write key=value, for example training.steps=500"
+            )
+        try:
+            change = OmegaConf.from_dotlist([override])
+        except Exception as error:  # as above
+            raise UsageError(f"cannot read the override {override!r}: {error}") from error
+        merged = _merge(merged, change, f"in the override {override!r}")
+    if merged.run.dir is None:
+        merged.run.dir = f"runs/{path.stem}"
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, Config)
+    check_config(config)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML, readable by `load_config`."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Every key, dotted, with its value: what the tracker shows as parameters."""
+    flat: dict[str, Any] = {}
+
+    def visit(prefix: str, node: Any) -> None:
+        for entry in fields(node):
+            value = getattr(node, entry.name)
+            if is_dataclass(value):
+                visit(f"{prefix}{entry.name}.", value)
+            else:
+                flat[f"{prefix}{entry.name}"] = value
+
+    visit("", config)
+    return flat
+
+
+def check_config(config: Config) -> None:
+    """Raise UsageError for values that no type can exclude."""
+    _one_of("data.context", config.data.context, ["cell"])
+    _one_of("model.attention", config.model.attention, ["criss_cross", "dense"])
+    _one_of("training.precision", config.training.precision, ["fp32", "bf16", "fp16"])
+    _one_of("training.schedule", config.training.schedule, ["cosine", "wsd"])
+    _one_of("parallel.zero_stage", config.parallel.zero_stage, [0, 1, 2, 3])
+    positive = {
+        "data.max_tokens": config.data.max_tokens,
+        "data.global_batch": config.data.global_batch,
+        "data.micro_batch_tokens": config.data.micro_batch_tokens,
+        "data.block": config.data.block,
+        "data.window": config.data.window,
+        "model.width": config.model.width,
+        "model.depth": config.model.depth,
+        "model.heads": config.model.heads,
+        "model.latents": config.model.latents,
+        "model.latent_width": config.model.latent_width,
+        "training.steps": config.training.steps,
+        "training.learning_rate": config.training.learning_rate,
+        "training.epsilon": config.training.epsilon,
+        "evaluation.cells": config.evaluation.cells,
+        "evaluation.draws": config.evaluation.draws,
+    }
+    for key, value in positive.items():
+        if value is not None and not value > 0:
+            raise UsageError(f"{key}={value} must be above 0")
+    not_negative = {
+        "training.clip": config.training.clip,
+        "training.warmup": config.training.warmup,
+        "training.weight_decay": config.training.weight_decay,
+        "evaluation.every": config.evaluation.every,
+        "run.seed": config.run.seed,
+    }
+    for key, value in not_negative.items():
+        if not value >= 0:
+            raise UsageError(f"{key}={value} must not be negative")
+    shares = {
+        "objective.target_rate": (config.objective.target_rate, True),
+        "objective.detection_cap": (config.objective.detection_cap, True),
+        "training.decay": (config.training.decay, True),
+        "training.final_learning_rate": (config.training.final_learning_rate, False),
+        "training.beta1": (config.training.beta1, False),
+        "training.beta2": (config.training.beta2, False),
+    }
+    for key, (share, positive_share) in shares.items():
+        if not (0 < share <= 1 if positive_share else 0 <= share <= 1):
+            raise UsageError(f"{key}={share} must lie between 0 and 1")
+    if config.model.width % config.model.heads:
+        raise UsageError(
+            f"model.width={config.model.width} is not a multiple of model.heads={config.model.heads}: "
+            "each head takes an equal share of the width"
+        )
+
+
+def field_help() -> dict[str, tuple[str, str, Any]]:
+    """Every dotted key with (help, resume class, default): what the documentation and errors print."""
+    table: dict[str, tuple[str, str, Any]] = {}
+
+    def visit(prefix: str, node: Any) -> None:
+        for entry in fields(node):
+            value = getattr(node, entry.name)
+            if is_dataclass(value):
+                visit(f"{prefix}{entry.name}.", value)
+            else:
+                table[f"{prefix}{entry.name}"] = (entry.metadata["help"], entry.metadata["resume"], value)
+
+    visit("", Config())
+    return table
+
+
+def _one_of(key: str, value: Any, allowed: list[Any]) -> None:
+    if value not in allowed:
+        choices = ", ".join(str(choice) for choice in allowed)
+        raise UsageError(f"{key}={value} is not known: choose one of {choices}")
+
+
+def _merge(base: DictConfig, change: DictConfig, where: str) -> DictConfig:
+    _reject_unknown_keys(base, change, "", where)
+    try:
+        return OmegaConf.merge(base, change)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "a key"
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"{key} {where} has the wrong type: {reason}") from error
+
+
+def _reject_unknown_keys(base: DictConfig, change: Any, prefix: str, where: str) -> None:
+    if not isinstance(change, DictConfig):
+        return
+    known = field_help()
+    sections = {key.rsplit(".", 1)[0] for key in known if "." in key}
+    for name in map(str, change):
+        key = f"{prefix}{name}"
+        if key in known:
+            continue
+        if key in sections:
+            value = change._get_node(name)
+            if not isinstance(value, DictConfig):
+                raise UsageError(f"{key} {where} is a section: give keys below it, such as {_first_below(key, known)}")
+            _reject_unknown_keys(base, value, f"{key}.", where)
+            continue
+        slip = _first_leaf(key, change._get_node(name))
+        near = difflib.get_close_matches(slip, [*known, *sections], n=1, cutoff=0.0)
+        # A key typed without its section is the commonest slip: `steps` for `training.steps`.
+        tails = [candidate for candidate in known if candidate.rsplit(".", 1)[-1] == name]
+        nearest = (tails or near)[0]
+        raise UsageError(f"unknown key {key} {where}: did you mean {nearest}?")
+
+
+def _first_below(section: str, known: dict[str, Any]) -> str:
+    return next(key for key in known if key.startswith(f"{section}."))
+
+
+def _first_leaf(key: str, node: Any) -> str:
+    while isinstance(node, DictConfig) and len(node):
+        name = str(next(iter(node)))
+        key, node = f"{key}.{name}", node._get_node(name)
+    return key

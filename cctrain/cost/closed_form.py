@@ -1,0 +1,94 @@
+"""What a context costs, computed from the configuration alone. A multiply-add counts 2 FLOPs.
+
+Forward FLOPs of one layer for one context of n tokens, with M latents, width d and latent width d_l:
+
+    read + write scores and values   8 · n · M · d                  the n·M term
+    token projections                8 · n · d²                     the read's K and V, the write's Q and output
+    token MLP                       16 · n · d²
+    latents                          M · (8 · d · d_l + 16 · d_l²)  the other projections, and the latent MLP
+    dense: scores and values         4 · n² · d                     in place of read and write
+    dense: token projections         8 · n · d²
+
+Embedding: 2·n·(2·d + d²) for the count encoding. Head: 4·d per target. Backward is twice forward; recomputing
+the layers for checkpointing adds their forward once more. Norms, activations and the loss are not counted.
+"""
+
+from dataclasses import dataclass
+
+from cctrain.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Forward FLOPs by component; `attention` is the part that scales with n·M (dense: n²)."""
+
+    attention: float
+    projections: float
+    mlp: float
+    latents: float
+    embedding: float
+    head: float
+
+    @property
+    def total(self) -> float:
+        return self.attention + self.projections + self.mlp + self.latents + self.embedding + self.head
+
+
+def forward_flops(model: ModelConfig, tokens: list[int], targets: int) -> Flops:
+    """Forward FLOPs of contexts with these numbers of tokens and `targets` targets in all."""
+    width, depth = model.width, model.depth
+    total = sum(tokens)
+    if model.attention == "criss_cross":
+        latent_width = model.latent_width or width
+        attention = 8 * total * model.latents * width
+        latents = len(tokens) * model.latents * (8 * width * latent_width + 16 * latent_width**2)
+    else:
+        attention = 4 * sum(n * n for n in tokens) * width
+        latents = 0
+    return Flops(
+        attention=depth * attention,
+        projections=depth * 8 * total * width**2,
+        mlp=depth * 16 * total * width**2,
+        latents=depth * latents,
+        embedding=2 * total * (2 * width + width**2),
+        head=4 * width * targets,
+    )
+
+
+def step_cost(model: ModelConfig, tokens: list[int], targets: int, checkpointing: bool) -> dict[str, float]:
+    """The `cost/…` values of one training step over contexts with these numbers of tokens.
+
+    n is the mean number of tokens of a context; FLOPs are of forward, backward and recomputation together.
+    """
+    forward = forward_flops(model, tokens, targets)
+    layers = forward.attention + forward.projections + forward.mlp + forward.latents
+    recomputed = layers if checkpointing else 0.0
+    passes = 4 if checkpointing else 3
+    total = 3 * forward.total + recomputed
+    n = sum(tokens) / len(tokens)
+    cost = {
+        "cost/n": n,
+        "cost/attention_flops": passes * forward.attention,
+        "cost/total_flops": total,
+        "cost/attention_share": passes * forward.attention / total,
+    }
+    if model.attention == "criss_cross":
+        cost |= {"cost/M": model.latents, "cost/n_times_M": n * model.latents}
+    return cost
+
+
+def num_parameters(model: ModelConfig, num_genes: int) -> int:
+    """Trained parameters, exactly."""
+    width, latent_width = model.width, model.latent_width or model.width
+    embedding = num_genes * width + width + (2 * width + width) + width * width
+    head = width + num_genes * width + num_genes
+    if model.attention == "criss_cross":
+        read_write = 4 * width * width + 4 * width * latent_width + 2 * (width + latent_width)
+        layer = read_write + _mlp_parameters(width) + _mlp_parameters(latent_width)
+        return embedding + head + model.latents * latent_width + model.depth * layer
+    return embedding + head + model.depth * (4 * width * width + width + _mlp_parameters(width))
+
+
+def _mlp_parameters(width: int) -> int:
+    """Two matrices, two biases and the norm."""
+    return 8 * width * width + 6 * width

@@ -1,0 +1,37 @@
+"""Weights as safetensors: one file of tensors by name, which can hold no code."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from cctrain.config import ModelConfig
+from cctrain.errors import CheckpointError
+from cctrain.model.transformer import Transformer
+
+
+def save_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
+    """The file is there whole, or as it was before."""
+    partial = path.with_name(f".{path.name}.partial")
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial)
+    partial.replace(path)
+
+
+def load_model(config: ModelConfig, path: Path) -> Transformer:
+    """The model of `config` in fp32 on the host, with the weights of `path`, ready to predict.
+
+    Raises CheckpointError if the file is damaged or belongs to a model of another shape.
+    """
+    try:
+        weights = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): copy the run again") from error
+    if "log_share" not in weights or "log_theta" not in weights:
+        raise CheckpointError(f"{path} holds no cctrain model: log_share and log_theta are missing")
+    model = Transformer(config, weights["log_share"].exp(), weights["log_theta"].exp())
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit the model of its configuration: {error}") from error
+    return model.eval()

@@ -1,0 +1,95 @@
+"""Which process this is, among how many, on which device; and the process group that joins them.
+
+A rank finds itself in the environment that `torchrun`, the `deepspeed` launcher and `cctrain train --ranks`
+set: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. Without them the process is alone.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from cctrain.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Every rank is a data rank."""
+
+    rank: int
+    num_ranks: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def join_mesh() -> Iterator[Mesh]:
+    """Join the process group (gloo on CPUs, nccl on GPUs) and leave it together with all ranks."""
+    device_kind = find_device_kind()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device_kind == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    # DeepSpeed's compiled operations are cached for all environments of a user together, where a build of one
+    # breaks the other; keep this environment's to itself.
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    device = torch.device(device_kind, local_rank) if device_kind == "cuda" else torch.device("cpu")
+    if device_kind == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device_kind == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        # DeepSpeed reads these itself, even when the group exists already.
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield Mesh(rank=dist.get_rank(), num_ranks=dist.get_world_size(), device=device)
+        # Without this, about half of two-rank gloo runs abort at exit.
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def find_device_kind() -> str:
+    """`cuda` or `cpu`. Raises UsageError where there are GPUs that the installed torch cannot use."""
+    if torch.cuda.is_available():
+        return "cuda"
+    if machine_has_gpus() and torch.version.cuda is None and torch.version.hip is None:
+        raise UsageError(
+            f"this machine has GPUs, but torch {torch.__version__} is built for CPUs only: run "
+            "`tools/setup.sh --device cuda` (to train on the CPU all the same, set CUDA_VISIBLE_DEVICES to nothing)"
+        )
+    return "cpu"
+
+
+def machine_has_gpus() -> bool:
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "unset").strip() in ("", "-1"):
+        return False
+    return any(Path("/proc/driver/nvidia/gpus").glob("*"))
+
+
+def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
+    """Sum each number over all ranks, in fp64."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Rows (k, columns) of all ranks, whose k may differ, in rank order (Σk, columns); int64."""
+    lengths = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(lengths, torch.tensor([len(rows)], dtype=torch.int64, device=rows.device))
+    longest = max(int(length) for length in lengths)
+    padded = torch.zeros(longest, rows.shape[1], dtype=rows.dtype, device=rows.device)
+    padded[: len(rows)] = rows
+    gathered = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(gathered, padded)
+    return torch.cat([part[: int(length)] for part, length in zip(gathered, lengths, strict=True)])

@@ -1,0 +1,128 @@
+"""What a person sees of a training run: the plan before it, one line while it goes on."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from cctrain.config import Config
+from cctrain.cost.closed_form import num_parameters, step_cost
+from cctrain.data.loader import Loader
+from cctrain.data.store import TokenStore
+from cctrain.model.transformer import Transformer
+from cctrain.parallel.mesh import Mesh
+
+log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Report:
+    """Only the first rank shows anything. On a terminal one line is redrawn; elsewhere a line comes now and then."""
+
+    def __init__(self, config: Config, mesh: Mesh, store: TokenStore, model: Transformer, loader: Loader):
+        self.shown = mesh.is_first
+        self.num_steps = config.training.steps
+        self.difference: float | None = None
+        self.started = self.last_line = time.monotonic()
+        self.tokens = 0
+        self.bar: Progress | None = None
+        self.task: TaskID | None = None
+        if self.shown:
+            for line in plan(config, mesh, store, loader):
+                log.info(line)
+
+    @contextmanager
+    def progress(self) -> Iterator[None]:
+        self.started = self.last_line = time.monotonic()
+        if not (self.shown and sys.stderr.isatty()):
+            yield
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True)) as self.bar:
+            self.task = self.bar.add_task("first step", total=self.num_steps)
+            yield
+
+    def step(self, step: int, values: dict[str, Any]) -> None:
+        if not self.shown:
+            return
+        self.tokens += values["tokens"]
+        elapsed = time.monotonic() - self.started
+        line = f"step {step}/{self.num_steps} · loss {values['loss']:.4f}"
+        if self.difference is not None:
+            line += f" · held-out {self.difference:+.4f} against the gene mean"
+        line += f" · {self.tokens / elapsed:,.0f} tokens/s"
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, completed=step, description=line)
+        elif time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES or step == self.num_steps:
+            self.last_line = time.monotonic()
+            log.info("%s · %s left", line, duration(elapsed / step * (self.num_steps - step)))
+
+    def look(self, values: dict[str, float]) -> None:
+        self.difference = values["difference"]
+
+
+def plan(config: Config, mesh: Mesh, store: TokenStore, loader: Loader) -> list[str]:
+    """What is about to be trained, on what, with how much memory, and for how long at least."""
+    sizes = loader.sizes[: store.num_train]
+    mean_tokens = float(sizes.mean())
+    probability = loader.rule.target_probability
+    mean_targets = float((store.measured * probability).sum(axis=1)[store.source_of_cell[: store.num_train]].mean())
+    contexts = config.training.steps * config.data.global_batch
+    cost = step_cost(config.model, [round(mean_tokens)], round(mean_targets), config.memory.checkpointing)
+    parameters = num_parameters(config.model, len(store.genes.ids))
+    shards = mesh.num_ranks
+    stage = config.parallel.zero_stage
+    weight_bytes = 4 if config.training.precision == "fp32" else 2
+    state = parameters * (8 + (4 if weight_bytes == 2 else 0)) / (shards if stage >= 1 else 1)
+    state += parameters * 4 / (shards if stage >= 2 else 1) + parameters * weight_bytes / (shards if stage >= 3 else 1)
+    rate = matrix_product_rate(config.model.width, config.training.precision, mesh.device)
+    seconds = contexts * cost["cost/total_flops"] / (rate * mesh.num_ranks)
+    m = f", {config.model.latents} latents" if config.model.attention == "criss_cross" else ""
+    return [
+        f"data: {store.num_train:,} training cells, {store.num_cells - store.num_train:,} held out, "
+        f"{len(store.genes.ids):,} genes; contexts of about {mean_tokens:,.0f} tokens, "
+        f"{mean_targets:,.0f} of them targets",
+        f"model: {config.model.attention}, {config.model.depth} layers, width {config.model.width}{m}: "
+        f"{parameters:,} parameters",
+        f"training: {config.training.steps:,} steps of {config.data.global_batch} contexts "
+        f"({contexts / store.num_train:.1f} epochs), {config.training.precision}, "
+        f"ZeRO {stage} on {mesh.num_ranks} {'GPU' if mesh.device.type == 'cuda' else 'CPU'} rank(s)",
+        f"memory: {state / 2**20:,.0f} MiB a rank for weights, gradients and optimizer, and the activations of "
+        f"{config.data.micro_batch_tokens:,} tokens",
+        f"time: {duration(seconds)} at least, at the speed of a plain matrix product here ({rate / 1e9:,.0f} GFLOP/s); "
+        f"attention is {100 * cost['cost/attention_share']:.0f} % of the arithmetic",
+    ]
+
+
+def matrix_product_rate(width: int, precision: str, device: torch.device) -> float:
+    """FLOP/s of a product of the shape that dominates a layer, measured for a moment."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    rows = torch.ones(4096, width, dtype=dtype, device=device)
+    weight = torch.ones(width, 4 * width, dtype=dtype, device=device)
+
+    def seconds(repeats: int) -> float:
+        started = time.perf_counter()
+        for _ in range(repeats):
+            rows @ weight
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    once = max(1e-6, seconds(3) / 3)
+    repeats = max(3, int(0.2 / once))
+    return repeats * 2 * 4096 * width * 4 * width / seconds(repeats)
+
+
+def duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
