@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -95,6 +96,24 @@ def prepare(
 
 
 @app.command()
+def inspect(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="A token store.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Read and hash everything.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a token store holds; --verify names every damaged file."""
+
+    def work() -> Any:
+        from cctrain.data.inspect import describe, inspect_store
+
+        manifest = inspect_store(store, verify)
+        return manifest, describe(store, manifest, verify)
+
+    _run(work, as_json, debug)
+
+
+@app.command()
 def train(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/cell.yaml.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it.")] = None,
@@ -108,13 +127,15 @@ def train(
 
     def work() -> Any:
         from cctrain.config import load_config, to_yaml
+        from cctrain.run_directory import claim_run_directory
 
         loaded = load_config(config, overrides)
         if dry_run:
             return {}, to_yaml(loaded)
         run_dir = Path(loaded.run.dir or "")
+        # Every rank asks; the first one writes there only when all have joined, so all get the same answer.
+        claim_run_directory(run_dir)
         if "RANK" not in os.environ:
-            _check_before_training(loaded)
             num_ranks = ranks or _default_ranks()
             if num_ranks > 1:
                 from cctrain.launch.local import run_ranks
@@ -229,8 +250,8 @@ def _run(work: Callable[[], tuple[dict[str, Any], str]], as_json: bool, debug: b
         result, text = work()
     except CctrainError as error:
         if debug:
-            raise
-        if _is_first():
+            traceback.print_exc()
+        elif _is_first():
             print(f"cctrain: {error}", file=sys.stderr)
         else:
             log.error("%s", error)
@@ -239,7 +260,7 @@ def _run(work: Callable[[], tuple[dict[str, Any], str]], as_json: bool, debug: b
         print("cctrain: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     if as_json:
-        print(json.dumps(result))
+        print(json.dumps(result, allow_nan=False))
     elif text:
         print(text)
 
@@ -271,17 +292,6 @@ def _default_ranks() -> int:
     import torch
 
     return torch.cuda.device_count()
-
-
-def _check_before_training(config: Any) -> None:
-    """What can be refused at once, before processes start."""
-    from cctrain.config import MISSING_VALUE
-    from cctrain.errors import UsageError
-    from cctrain.run_directory import claim_run_directory
-
-    if config.data.store == MISSING_VALUE:
-        raise UsageError("data.store is missing: pass data.store=DIR, a token store written by `cctrain prepare`")
-    claim_run_directory(Path(config.run.dir))
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ field says in its metadata what a resumed run may do with it: `fixed` (the scien
 """
 
 import difflib
+import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from cctrain.errors import UsageError
 
@@ -101,6 +102,7 @@ class TrainingConfig:
     decay: float = scheduled("Share of the steps that `wsd` spends on its decay.", 0.2)
     final_learning_rate: float = scheduled("Where the schedule ends, as a share of the peak.", 0.05)
     weight_decay: float = fixed("AdamW weight decay of matrices; vectors and embeddings have none.", 0.05)
+    table_rate: float = fixed("Learning rate of the tables with a row per gene, as a multiple of the rest's.", 3.0)
     beta1: float = fixed("AdamW's decay of the first moment.", 0.9)
     beta2: float = fixed("AdamW's decay of the second moment.", 0.98)
     epsilon: float = fixed("AdamW's denominator.", 1e-8)
@@ -173,10 +175,17 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
         except Exception as error:  # as above
             raise UsageError(f"cannot read the override {override!r}: {error}") from error
         merged = _merge(merged, change, f"in the override {override!r}")
-    if merged.run.dir is None:
-        merged.run.dir = f"runs/{path.stem}"
-    config = OmegaConf.to_object(merged)
+    try:
+        config = OmegaConf.to_object(merged)
+    except MissingMandatoryValue as error:
+        key = str(error.full_key)
+        raise UsageError(f"{key} is missing: set it in {path}, or pass {key}=VALUE. {field_help()[key][0]}") from error
+    except OmegaConfBaseException as error:  # an interpolation, ${...}
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"{error.full_key}, from {path} or an override, cannot be resolved: {reason}") from error
     assert isinstance(config, Config)
+    if config.run.dir is None:
+        config.run.dir = f"runs/{path.stem}"
     check_config(config)
     return config
 
@@ -223,12 +232,13 @@ def check_config(config: Config) -> None:
         "training.steps": config.training.steps,
         "training.learning_rate": config.training.learning_rate,
         "training.epsilon": config.training.epsilon,
+        "training.table_rate": config.training.table_rate,
         "evaluation.cells": config.evaluation.cells,
         "evaluation.draws": config.evaluation.draws,
     }
     for key, value in positive.items():
-        if value is not None and not value > 0:
-            raise UsageError(f"{key}={value} must be above 0")
+        if value is not None and not 0 < value < math.inf:
+            raise UsageError(f"{key}={value} must be above 0, and finite")
     not_negative = {
         "training.clip": config.training.clip,
         "training.warmup": config.training.warmup,
@@ -237,19 +247,20 @@ def check_config(config: Config) -> None:
         "run.seed": config.run.seed,
     }
     for key, value in not_negative.items():
-        if not value >= 0:
-            raise UsageError(f"{key}={value} must not be negative")
-    shares = {
-        "objective.target_rate": (config.objective.target_rate, True),
-        "objective.detection_cap": (config.objective.detection_cap, True),
-        "training.decay": (config.training.decay, True),
-        "training.final_learning_rate": (config.training.final_learning_rate, False),
-        "training.beta1": (config.training.beta1, False),
-        "training.beta2": (config.training.beta2, False),
+        if not 0 <= value < math.inf:
+            raise UsageError(f"{key}={value} must be 0 or above, and finite")
+    shares = {  # the value, and whether it may be 0 or 1
+        "objective.target_rate": (config.objective.target_rate, False, False),
+        "objective.detection_cap": (config.objective.detection_cap, False, True),
+        "training.decay": (config.training.decay, False, True),
+        "training.final_learning_rate": (config.training.final_learning_rate, True, True),
+        "training.beta1": (config.training.beta1, True, False),
+        "training.beta2": (config.training.beta2, True, False),
     }
-    for key, (share, positive_share) in shares.items():
-        if not (0 < share <= 1 if positive_share else 0 <= share <= 1):
-            raise UsageError(f"{key}={share} must lie between 0 and 1")
+    for key, (share, may_be_0, may_be_1) in shares.items():
+        if not 0 <= share <= 1 or (share == 0 and not may_be_0) or (share == 1 and not may_be_1):
+            low, high = ("" if may_be_0 else " (excluded)"), ("" if may_be_1 else " (excluded)")
+            raise UsageError(f"{key}={share} must lie between 0{low} and 1{high}")
     if config.model.width % config.model.heads:
         raise UsageError(
             f"model.width={config.model.width} is not a multiple of model.heads={config.model.heads}: "

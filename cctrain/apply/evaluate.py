@@ -56,6 +56,8 @@ def evaluate(run_dir: Path, data: Path | None = None) -> dict[str, Any]:
     store = _open(run, data)
     config = run.config
     targets, contexts = held_out_targets(store, config)
+    if not len(targets.genes):
+        raise DataError(f"{store.path}: no gene of its held-out cells is a target: there is nothing to evaluate")
     model = load_model(config.model, run.path / WEIGHTS).to(torch.device(find_device_kind()))
 
     log.info("predicting %s targets of %s held-out cells", f"{len(targets.genes):,}", f"{targets.num_cells:,}")
@@ -94,9 +96,9 @@ def compare(
                 "name": name,
                 "nll": float(np.nanmean(per_cell[name])),
                 "difference": difference,
-                "correlation_within_gene": within_gene["mean"],
+                "correlation_within_gene": _defined(within_gene["mean"]),
                 "genes": within_gene["genes"],
-                "correlation_within_cell": metrics.correlation_within_cell(targets, log_mu)["mean"],
+                "correlation_within_cell": _defined(metrics.correlation_within_cell(targets, log_mu)["mean"]),
             }
         )
     permuted = permuted_across_cells(targets, seed)
@@ -112,6 +114,11 @@ def compare(
         "permuted": on_permuted,
         "sentence": sentence(rows),
     }
+
+
+def _defined(value: float) -> float | None:
+    """JSON has no word for a correlation that no gene or cell had enough targets for."""
+    return None if np.isnan(value) else value
 
 
 def sentence(rows: list[dict[str, Any]]) -> str:
@@ -189,14 +196,15 @@ def table(result: dict[str, Any]) -> str:
         d = row["difference"]
         difference = f"{d['mean']:+.4f} ({d['low']:+.4f} to {d['high']:+.4f})" if d else ""
         lines.append(
-            f"| {row['name']} | {row['nll']:.4f} | {difference} | {row['correlation_within_gene']:.3f} "
-            f"| {row['correlation_within_cell']:.3f} |"
+            f"| {row['name']} | {row['nll']:.4f} | {difference} | {_shown(row['correlation_within_gene'])} "
+            f"| {_shown(row['correlation_within_cell'])} |"
         )
     d = result["permuted"]
     lines += [
         "",
         f"{result['cells']:,} held-out cells, {result['targets']:,} targets in {result['draws']} draws. "
-        "Correlations are of log1p counts; within a gene: across cells, mean over "
+        "A hidden context is nothing the model was trained on: that row says what it takes from the cell, the "
+        "gene mean is the harder rival. Correlations are of log1p counts; within a gene: across cells, mean over "
         f"{result['rows'][0]['genes']:,} genes detected in over 5 % of training cells. "
         "Check for leakage: with the counts of each gene permuted across cells, model minus gene mean is "
         f"{d['mean']:+.4f} ({d['low']:+.4f} to {d['high']:+.4f}); below zero would be leakage.",
@@ -204,11 +212,15 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _shown(correlation: float | None) -> str:
+    return "too few targets" if correlation is None else f"{correlation:.3f}"
+
+
 def write_report(folder: Path, result: dict[str, Any]) -> None:
     from cctrain.apply.figures import evaluation_figure
 
     folder.mkdir(exist_ok=True)
-    write_atomically(folder / "metrics.json", json.dumps(result, indent=1).encode())
+    write_atomically(folder / "metrics.json", json.dumps(result, indent=1, allow_nan=False).encode())
     write_atomically(folder / "table.md", f"{result['sentence']}\n\n{table(result)}\n".encode())
     evaluation_figure(folder.parent, result, folder / "figure.png")
 

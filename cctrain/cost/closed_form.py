@@ -9,8 +9,9 @@ Forward FLOPs of one layer for one context of n tokens, with M latents, width d 
     dense: scores and values         4 · n² · d                     in place of read and write
     dense: token projections         8 · n · d²
 
-Embedding: 2·n·(2·d + d²) for the count encoding. Head: 4·d per target. Backward is twice forward; recomputing
-the layers for checkpointing adds their forward once more. Norms, activations and the loss are not counted.
+Embedding: 2·n·(2·d + d²) for the count encoding. Head: 2·d² + 4·d per target. Backward is twice forward; recomputing
+the layers for checkpointing adds their forward once more, but for the last product of each. Norms, activations and
+the loss are not counted.
 """
 
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ def forward_flops(model: ModelConfig, tokens: list[int], targets: int) -> Flops:
         mlp=depth * 16 * total * width**2,
         latents=depth * latents,
         embedding=2 * total * (2 * width + width**2),
-        head=4 * width * targets,
+        head=(2 * width**2 + 4 * width) * targets,
     )
 
 
@@ -61,7 +62,8 @@ def step_cost(model: ModelConfig, tokens: list[int], targets: int, checkpointing
     n is the mean number of tokens of a context; FLOPs are of forward, backward and recomputation together.
     """
     forward = forward_flops(model, tokens, targets)
-    layers = forward.attention + forward.projections + forward.mlp + forward.latents
+    # Recomputation stops at the last tensor that backward needs, before the second product of the token MLP.
+    layers = forward.attention + forward.projections + forward.mlp / 2 + forward.latents
     recomputed = layers if checkpointing else 0.0
     passes = 4 if checkpointing else 3
     total = 3 * forward.total + recomputed
@@ -81,7 +83,7 @@ def num_parameters(model: ModelConfig, num_genes: int) -> int:
     """Trained parameters, exactly."""
     width, latent_width = model.width, model.latent_width or model.width
     embedding = num_genes * width + width + (2 * width + width) + width * width
-    head = width + num_genes * width + num_genes
+    head = width + width * width + num_genes
     if model.attention == "criss_cross":
         read_write = 4 * width * width + 4 * width * latent_width + 2 * (width + latent_width)
         layer = read_write + _mlp_parameters(width) + _mlp_parameters(latent_width)

@@ -19,6 +19,8 @@ from cctrain.config import ObjectiveConfig
 from cctrain.data.hashing import hash64, uniform
 from cctrain.data.store import GeneTable
 
+_RARE = float(np.log(1e9))  # ℓ of `context_size_bound`
+
 
 @dataclass(frozen=True)
 class ContextRule:
@@ -120,11 +122,13 @@ def context_size_bound(
     """int64 (cells,): tokens that a cell's context will not exceed, known without reading the cell.
 
     num_tokens (cells,) expressed genes; measured bool (sources, genes); source (cells,). The number of targets
-    is a sum of independent draws; its mean plus six standard deviations is exceeded once in a billion.
+    is a sum of independent draws, of variance v. By Bernstein's inequality it exceeds its mean by
+    ℓ/3 + √(ℓ²/9 + 2·ℓ·v) less often than exp(−ℓ): once in a billion here.
     """
     probability = measured * rule.target_probability
-    mean = probability.sum(axis=1)
-    bound = np.ceil(mean + 6 * np.sqrt((probability * (1 - probability)).sum(axis=1))).astype(np.int64)
+    mean, variance = probability.sum(axis=1), (probability * (1 - probability)).sum(axis=1)
+    excess = _RARE / 3 + np.sqrt(_RARE**2 / 9 + 2 * _RARE * variance)
+    bound = np.ceil(mean + excess).astype(np.int64)
     return np.minimum(num_tokens, rule.max_tokens) + np.minimum(bound, measured.sum(axis=1))[source]
 
 

@@ -29,7 +29,7 @@ from cctrain.data.quality import CellProfiles, QualityControl, Row, format_table
 from cctrain.data.scan import GeneCounts, GeneUnion, distribute, scan, unite_genes
 from cctrain.data.sources import Source, open_source
 from cctrain.data.split import destination_rows, hold_out
-from cctrain.data.statistics import detection_rates, dispersions, gene_shares
+from cctrain.data.statistics import detection_rates, dispersions, gene_loadings, gene_shares
 from cctrain.data.store import FORMAT, VERSION, read_manifest, vocabulary_digest
 from cctrain.data.store_writer import CellWriter, write_tables
 from cctrain.errors import DataError, UsageError
@@ -255,11 +255,13 @@ def _write(
         var["theta"] = dispersions(
             sample, source_of_cell[: sample.shape[0]], var["share"].to_numpy(), vocabulary.measured, advance
         )
+    report("finding which genes vary together")
+    loadings = gene_loadings(sample, source_of_cell[: sample.shape[0]], var["share"].to_numpy(), vocabulary.measured)
     source, row = (selection.in_store_order(part) for part in (selection.cells.source, selection.cells.row))
     obs, renamed = merge_obs(sources, source, row, selection.num_train)
     for note in renamed:
         report(note)
-    write_tables(writer.group, var, vocabulary.measured, obs)
+    write_tables(writer.group, var, vocabulary.measured, loadings, obs)
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -280,7 +282,7 @@ def _write(
             "max": int(num_tokens.max()),
         },
         "unit": "cell",
-        "dispersion_cells": sample.shape[0],
+        "statistics_cells": sample.shape[0],
         "sources": _describe_sources(sources, selection, digests=True),
         "quality": table,
         "notes": selection.notes + renamed,

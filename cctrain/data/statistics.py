@@ -1,4 +1,5 @@
-"""What is estimated from training cells: each gene's share of the counts, detection rate and dispersion.
+"""What is estimated from training cells: each gene's share of the counts, detection rate,
+dispersion and loadings.
 
 Cell c of source S has counts x_cg over the vocabulary genes that S measures, with mean mu_cg = s_c pi_g:
 
@@ -6,9 +7,9 @@ Cell c of source S has counts x_cg over the vocabulary genes that S measures, wi
                         T_S = (counts of S) / (sum of pi_g over the genes that S measures)
                         pi_g = (counts of g in all sources) / (sum of T_S over the sources that measure g)
     size s_c        (counts of the cell) / (sum of pi_g over the genes that its source measures)
-    dispersion      theta_g of a negative binomial, variance mu + mu^2 / theta, by maximum likelihood given
-    mu,
+    dispersion      theta_g of a negative binomial, variance mu + mu^2 / theta, by maximum likelihood given mu,
                     within 1e-3 .. 1e4
+    loadings        principal components of log counts, one vector per gene: which genes vary together
 
 A gene that a source does not measure says nothing there: it is neither a zero nor an absence. Nothing here
 shrinks or smooths over genes.
@@ -18,10 +19,12 @@ from collections.abc import Callable
 
 import numpy as np
 import scipy.sparse as sp
+from scipy.sparse.linalg import LinearOperator, svds
 from scipy.special import digamma, polygamma
 
 SMALLEST_THETA, LARGEST_THETA = 1e-3, 1e4
 MAX_EXACT_SIZES = 2_048
+NUM_LOADINGS = 50
 SIZE_BIN = 0.01  # width of a bin of size factors, in log s
 _STRIDE = 4.0  # in log theta
 _CHUNK = 100_000  # (gene, size) pairs at once: they stay in the cache, twice as fast as a million
@@ -213,3 +216,38 @@ def _maximize(likelihood: _Likelihood) -> np.ndarray:
         t[active] = np.where(at_limit, at, np.where(inside, newton, step))
         active = active[~done]
     return np.exp(t)
+
+
+def gene_loadings(
+    counts: sp.csr_matrix, source_of_cell: np.ndarray, shares: np.ndarray, measured: np.ndarray
+) -> np.ndarray:
+    """Principal loadings (V, K) float32 of log1p(counts at median depth), K at most 50, mean square norm 1 a gene.
+
+    Each source is centred by its own mean, so that genes it does not measure, and what sets sources apart, carry
+    nothing. A column is a component times its standard deviation over the cells.
+    """
+    num_components = min(NUM_LOADINGS, *(size - 1 for size in counts.shape))
+    if num_components < 1:
+        return np.zeros((counts.shape[1], 1), dtype=np.float32)
+    sizes = size_factors(np.asarray(counts.sum(axis=1)).ravel(), source_of_cell, shares, measured)
+    per_count = np.median(sizes) / np.maximum(sizes, np.finfo(np.float64).tiny)
+    logs = sp.csr_matrix((counts.data.astype(np.float64), counts.indices, counts.indptr), shape=counts.shape)
+    logs.data = np.log1p(logs.data * np.repeat(per_count, np.diff(logs.indptr)))
+    cells_of_source = sp.csr_matrix(
+        (np.ones(len(source_of_cell)), (source_of_cell, np.arange(len(source_of_cell)))),
+        shape=(len(measured), len(source_of_cell)),
+    )
+    num_cells = np.maximum(np.asarray(cells_of_source.sum(axis=1)), 1)
+    means = (cells_of_source @ logs).toarray() / num_cells
+    centred = LinearOperator(
+        counts.shape,
+        matvec=lambda v: logs @ v.ravel() - (means @ v.ravel())[source_of_cell],
+        rmatvec=lambda u: logs.T @ u.ravel() - means.T @ (cells_of_source @ u.ravel()),
+        dtype=np.float64,
+    )
+    start = np.random.default_rng(0).standard_normal(min(counts.shape))
+    _, strengths, components = svds(centred, k=num_components, v0=start, random_state=0)
+    loadings = (components * strengths[:, None])[::-1].T
+    # Singular vectors are known up to their sign: the largest loading of each is positive.
+    loadings *= np.sign(loadings[np.abs(loadings).argmax(axis=0), np.arange(num_components)])
+    return (loadings / np.sqrt(max((loadings**2).sum(axis=1).mean(), 1e-30))).astype(np.float32)

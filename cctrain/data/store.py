@@ -38,6 +38,7 @@ class GeneTable:
     share: np.ndarray  # (V,) float64, mean share of the counts, sum 1
     detection_rate: np.ndarray  # (V,) float64, share of the cells that express it where it is measured
     theta: np.ndarray  # (V,) float64, negative binomial: variance = mu + mu^2 / theta
+    loadings: np.ndarray  # (V, K) float32, which genes vary together: see statistics.gene_loadings
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,10 @@ class TokenStore:
     @cached_property
     def genes(self) -> GeneTable:
         var = self._frame("var")
-        columns = (var[name].to_numpy(np.float64) for name in ("share", "detection_rate", "theta"))
-        return GeneTable(var.index.to_numpy(str), var["gene_name"].to_numpy(str), *columns)
+        share, detection_rate, theta = (var[name].to_numpy(np.float64) for name in ("share", "detection_rate", "theta"))
+        loadings = np.asarray(self._array("varm/loadings")[:])
+        ids, names = var.index.to_numpy(str), var["gene_name"].to_numpy(str)
+        return GeneTable(ids, names, share, detection_rate, theta, loadings)
 
     @cached_property
     def measured(self) -> np.ndarray:

@@ -107,12 +107,14 @@ class CellWriter:
         self._num_pending -= length
 
 
-def write_tables(group: zarr.Group, var: pd.DataFrame, measured: np.ndarray, obs: pd.DataFrame) -> None:
-    """The rest of the AnnData: var (index gene id), varm["measured"] (V, num_sources), obs, empty slots."""
+def write_tables(
+    group: zarr.Group, var: pd.DataFrame, measured: np.ndarray, loadings: np.ndarray, obs: pd.DataFrame
+) -> None:
+    """The rest of the AnnData: var (index gene id), varm measured (V, num_sources) and loadings, obs, empty slots."""
     with one_blosc_thread(), anndata.settings.override(auto_shard_zarr_v3=True):
         anndata.io.write_elem(group, "var", var)
         anndata.io.write_elem(group, "obs", obs)
-        anndata.io.write_elem(group, "varm", {"measured": measured.T})
+        anndata.io.write_elem(group, "varm", {"measured": measured.T, "loadings": loadings})
         for slot in ("obsm", "obsp", "varp", "layers", "uns"):
             anndata.io.write_elem(group, slot, {})
 

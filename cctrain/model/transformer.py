@@ -6,8 +6,11 @@ gene-mean baseline are buffers, so a saved model predicts by itself.
 Initialisation. Every matrix is drawn from N(0, 1/fan_in), so a branch keeps the variance of its normalised
 input. A stream receives 2·depth branches; each branch's last matrix is divided by √(2·depth) (GPT-2,
 Radford et al. 2019), so the stream's variance about doubles over the whole depth, whatever the depth is, and
-every branch carries about 1/√(2·depth) of it. Gene, mask and latent vectors have unit variance. The head
-starts at zero (see `head`).
+every branch carries about 1/√(2·depth) of it. Latents start small (0.02), because what they read from a cell is
+an average over thousands of tokens: beside latents of unit variance it would be lost. Gene embeddings start as
+the principal loadings of the training cells' log counts, turned at random, plus noise: genes that vary together
+start alike. (From noise alone, the same model needed more steps than the quick start has to learn anything.)
+The head starts at zero (see `head`).
 """
 
 import math
@@ -50,6 +53,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, share: Tensor, theta: Tensor, checkpointing: bool = False):
         super().__init__()
         num_genes, width = len(share), config.width
+        self.width = width
         self.checkpointing = checkpointing
         self.register_buffer("log_share", share.double().log().float())
         self.register_buffer("log_theta", theta.double().log().float())
@@ -69,7 +73,8 @@ class Transformer(nn.Module):
         tokens, _ = self.encode(inputs)
         genes = inputs.genes[inputs.targets]
         log_expected = inputs.log_size_factors[inputs.targets] + self.log_share[genes]
-        return self.head(tokens[inputs.targets], genes, log_expected, self.log_theta[genes])
+        gene_vectors = self.embedding.gene(genes)
+        return self.head(tokens[inputs.targets], gene_vectors, genes, log_expected, self.log_theta[genes])
 
     def embed(self, inputs: Inputs) -> Tensor:
         """One vector for each context, fp32: the mean of its normalised latents (dense: of its tokens)."""
@@ -103,8 +108,11 @@ def _normed(x: Tensor) -> Tensor:
     return nn.functional.layer_norm(x.float(), x.shape[-1:])
 
 
-def initialize(model: Transformer, seed: int) -> None:
-    """Draw the initial weights, on the CPU, from their own generator: the same on every rank and device."""
+def initialize(model: Transformer, loadings: Tensor, seed: int) -> None:
+    """Set the initial weights, on the CPU, from their own generator: the same on every rank and device.
+
+    loadings (genes, K), mean square norm 1 a gene, say which genes vary together.
+    """
     generator = torch.Generator().manual_seed(seed)
     depth = len(model.layers)
     lasts = {id(last.weight) for last in _last_of_each_branch(model)}
@@ -120,13 +128,21 @@ def initialize(model: Transformer, seed: int) -> None:
             elif isinstance(module, Norm):
                 module.weight.fill_(1.0)
         embedding = model.embedding
-        embedding.gene.weight.normal_(0.0, 1.0, generator=generator)
+        embedding.gene.weight.copy_(_initial_gene_vectors(loadings.float(), model.width, generator))
         embedding.mask.normal_(0.0, 1.0, generator=generator)
         if model.latents is not None:
-            model.latents.normal_(0.0, 1.0, generator=generator)
-        model.head.direction.zero_()
-        model.head.gene_direction.weight.zero_()
-        model.head.log_theta_shift.zero_()
+            model.latents.normal_(0.0, 0.02, generator=generator)
+        for parameter in model.head.parameters():
+            parameter.zero_()
+
+
+def _initial_gene_vectors(loadings: Tensor, width: int, generator: torch.Generator) -> Tensor:
+    """(genes, width): loadings of mean square 1 in a random basis, and noise that tells alike genes apart."""
+    num_genes = len(loadings)
+    kept = loadings[:, :width]
+    basis = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q[: kept.shape[1]]
+    noise = torch.randn(num_genes, width, generator=generator)
+    return kept @ basis * math.sqrt(width) + 0.3 * noise
 
 
 def _last_of_each_branch(model: Transformer) -> Iterator[nn.Linear]:

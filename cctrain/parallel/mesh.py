@@ -44,11 +44,12 @@ def join_mesh() -> Iterator[Mesh]:
     if device_kind == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device_kind == "cuda" else "gloo"
-    if "RANK" in os.environ:
+    # DeepSpeed reads these itself, even when the group exists already.
+    alone = {} if "RANK" in os.environ else {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    if not alone:
         dist.init_process_group(backend)
     else:
-        # DeepSpeed reads these itself, even when the group exists already.
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        os.environ.update(alone)
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield Mesh(rank=dist.get_rank(), num_ranks=dist.get_world_size(), device=device)
@@ -56,6 +57,8 @@ def join_mesh() -> Iterator[Mesh]:
         dist.barrier()
     finally:
         dist.destroy_process_group()
+        for name in alone:
+            del os.environ[name]  # this process may train again
 
 
 def find_device_kind() -> str:

@@ -7,14 +7,14 @@ one is the last, and scales no loss. ZeRO averages gradients over ranks; the los
 from typing import Any
 
 import torch
-from torch import nn
 
 from cctrain.config import Config
 from cctrain.errors import UsageError
+from cctrain.model.transformer import Transformer
 from cctrain.parallel.mesh import Mesh
 
 
-def build_engine(model: nn.Module, config: Config, mesh: Mesh) -> Any:
+def build_engine(model: Transformer, config: Config, mesh: Mesh) -> Any:
     """Wrap the model; every parameter is trained. The model must hold the same weights on every rank."""
     import deepspeed
 
@@ -29,6 +29,8 @@ def build_engine(model: nn.Module, config: Config, mesh: Mesh) -> Any:
         config=deepspeed_config(config),
         dist_init_required=False,
     )
+    if not engine.zero_optimization():
+        _undo_step_of_zeros(engine)
     return engine
 
 
@@ -55,41 +57,64 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
 
 def set_learning_rate(engine: Any, value: float) -> None:
     for group in engine.optimizer.param_groups:
-        group["lr"] = value
+        group["lr"] = value * group["rate"]
+
+
+def take_step(engine: Any) -> float | None:
+    """Let the engine step. At an accumulation boundary, the norm of the step's whole gradient before clipping."""
+    norm = None
+    if engine.is_gradient_accumulation_boundary() and isinstance(engine.optimizer, torch.optim.Optimizer):
+        # Without ZeRO, in fp32, DeepSpeed steps the plain optimizer and keeps no norm.
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+    engine.step()
+    return norm if norm is not None else engine.get_global_grad_norm()
 
 
 def full_weights(engine: Any) -> dict[str, torch.Tensor]:
     """Every parameter and buffer in fp32 on the host, by its name in the plain model; all ranks must call this."""
     from deepspeed.utils import safe_get_full_fp32_param
 
+    masters = {} if engine.zero_optimization_stage() else {id(h): m for h, m in _unsharded_masters(engine)}
     weights = {}
     for name, parameter in engine.module.named_parameters():
-        # Stage 0 in fp32 has no sharded master copy to ask for.
-        full = (
-            safe_get_full_fp32_param(parameter)
-            if engine.zero_optimization_stage() or parameter.dtype != torch.float32
-            else parameter
-        )
-        full = parameter if full is None else full
+        if engine.zero_optimization_stage():
+            full = safe_get_full_fp32_param(parameter)
+        else:
+            full = masters.get(id(parameter), parameter)
         weights[name] = full.detach().float().cpu().clone()
     for name, buffer in engine.module.named_buffers():
         weights[name] = buffer.detach().cpu().clone()
     return weights
 
 
-def _optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """AdamW; matrices decay towards zero, vectors and embedding tables do not."""
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        decays = parameter.ndim > 1 and id(parameter) not in tables
-        (matrices if decays else others).append(parameter)
+def _undo_step_of_zeros(engine: Any) -> None:
+    """Without ZeRO, DeepSpeed lets the optimizer of half-precision weights step once, with gradients of zero, to
+    make its state: AdamW would count that step, and has decayed the weights."""
+    for half, master in _unsharded_masters(engine):
+        master.data.copy_(half.data)
+        engine.optimizer.optimizer.state.pop(master, None)
+
+
+def _unsharded_masters(engine: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Without ZeRO: each half-precision parameter with its fp32 copy in the optimizer; fp32 training has none."""
+    halves, masters = (getattr(engine.optimizer, name, []) for name in ("fp16_groups", "fp32_groups"))
+    return [pair for groups in zip(halves, masters, strict=True) for pair in zip(*groups, strict=True)]
+
+
+def _optimizer(model: Transformer, config: Config) -> torch.optim.Optimizer:
+    """AdamW. Matrices decay towards zero, vectors and tables do not; tables, of which a step touches few rows,
+    learn faster.
+    """
+    tables = [model.embedding.gene.weight, model.head.log_theta_shift]
+    known = {id(table) for table in tables}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in known]
     training = config.training
     return torch.optim.AdamW(
         [
-            {"params": matrices, "weight_decay": training.weight_decay},
-            {"params": others, "weight_decay": 0.0},
+            {"params": [p for p in rest if p.ndim > 1], "weight_decay": training.weight_decay, "rate": 1.0},
+            {"params": [p for p in rest if p.ndim == 1], "weight_decay": 0.0, "rate": 1.0},
+            {"params": tables, "weight_decay": 0.0, "rate": training.table_rate},
         ],
         lr=training.learning_rate,
         betas=(training.beta1, training.beta2),

@@ -25,7 +25,7 @@ from cctrain.data.order import Order
 from cctrain.errors import TrainingError
 from cctrain.model.transformer import Inputs, Transformer
 from cctrain.parallel.mesh import Mesh, gather_rows, sum_over_ranks
-from cctrain.training.engine import set_learning_rate
+from cctrain.training.engine import set_learning_rate, take_step
 from cctrain.training.objective import negative_log_likelihood
 from cctrain.training.schedule import learning_rate
 
@@ -57,12 +57,13 @@ def run_steps(engine: Any, config: Config, mesh: Mesh, loader: Loader, order: Or
             "step_seconds": time.perf_counter() - started,
             "data_seconds": data_seconds,
         }
-        if not np.isfinite(values["loss"]):
+        loss = values["loss"]
+        yield values
+        if not np.isfinite(loss):
             raise TrainingError(
-                f"the loss of step {step} is {values['loss']}: lower training.learning_rate "
+                f"the loss of step {step} is {loss}: lower training.learning_rate "
                 f"(now {config.training.learning_rate}) or lengthen training.warmup"
             )
-        yield values
 
 
 def train_step(engine: Any, config: Config, mesh: Mesh, rank_step: RankStep) -> dict[str, Any]:
@@ -76,10 +77,9 @@ def train_step(engine: Any, config: Config, mesh: Mesh, rank_step: RankStep) -> 
         log_mu, log_theta = engine(to_inputs(batch, mesh.device))
         losses = negative_log_likelihood(torch.from_numpy(batch.target_counts).to(mesh.device), log_mu, log_theta)
         engine.backward(losses.sum() * (mesh.num_ranks / max(1, step_targets)), scale_wrt_gas=False)
-        engine.step()
+        norm = take_step(engine)
         local_loss += float(losses.detach().double().sum())
     loss = sum_over_ranks([local_loss], mesh.device)[0] / max(1, step_targets)
-    norm = engine.get_global_grad_norm()
     tokens = counts[:, 2].tolist()
     return {
         "loss": loss,

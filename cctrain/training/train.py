@@ -21,7 +21,7 @@ from cctrain.data.hashing import hash64
 from cctrain.data.loader import Loader
 from cctrain.data.order import Order
 from cctrain.data.store import TokenStore, open_store
-from cctrain.errors import CctrainError, DataError
+from cctrain.errors import CctrainError, DataError, UsageError
 from cctrain.model.saved import save_weights
 from cctrain.model.transformer import Transformer, initialize
 from cctrain.parallel.mesh import Mesh, join_mesh
@@ -111,7 +111,15 @@ def resolve(config: Config, store: TokenStore) -> Config:
 
 
 def resolve_micro_batch(config: Config, loader: Loader) -> int:
-    return config.data.micro_batch_tokens or max(DEFAULT_MICRO_BATCH_TOKENS, int(loader.sizes.max()))
+    """Raises UsageError now if any context of the store would be too long for it, some day."""
+    longest = int(loader.sizes.max())
+    micro_batch = config.data.micro_batch_tokens or max(DEFAULT_MICRO_BATCH_TOKENS, longest)
+    if micro_batch < longest:
+        raise UsageError(
+            f"a context of up to {longest:,} tokens does not fit data.micro_batch_tokens={micro_batch:,}: "
+            "raise it, or lower data.max_tokens"
+        )
+    return micro_batch
 
 
 def training_rule(config: Config, store: TokenStore) -> ContextRule:
@@ -126,7 +134,7 @@ def context_rule(config: Config, store: TokenStore, purpose: str, max_tokens: in
 def build_model(config: Config, store: TokenStore) -> Transformer:
     share, theta = torch.from_numpy(store.genes.share), torch.from_numpy(store.genes.theta)
     model = Transformer(config.model, share, theta, config.memory.checkpointing)
-    initialize(model, config.run.seed)
+    initialize(model, torch.from_numpy(store.genes.loadings), config.run.seed)
     return model
 
 
