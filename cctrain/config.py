@@ -71,7 +71,7 @@ class DataConfig:
 
 @dataclass
 class ObjectiveConfig:
-    target_rate: float = fixed("Probability that a gene at or above `detection_cap` is a target.", 0.2)
+    target_rate: float = fixed("Probability that a gene at or above `detection_cap` is a target.", 0.05)
     detection_cap: float = fixed(
         "Detection rate from which on a gene is a target as often as any; below, in proportion.", 0.25
     )
@@ -165,13 +165,18 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
         raise UsageError(f"{path} holds no keys: a configuration is a mapping such as `data: {{store: ...}}`")
     merged = _merge(OmegaConf.structured(Config), values, f"in {path}")
     for override in overrides or []:
-        key, separator, _ = override.partition("=")
+        key, separator, value = override.partition("=")
         if not separator or not key:
             raise UsageError(
                 f"cannot read {override!r} as an override: write key=value, for example training.steps=500"
             )
         try:
-            change = OmegaConf.from_dotlist([override])
+            if key in _text_keys() and value not in ("", "null"):
+                # As it stands: YAML would read a directory named 2024_01 as a number.
+                change = OmegaConf.create()
+                OmegaConf.update(change, key, value)
+            else:
+                change = OmegaConf.from_dotlist([override])
         except Exception as error:  # as above
             raise UsageError(f"cannot read the override {override!r}: {error}") from error
         merged = _merge(merged, change, f"in the override {override!r}")
@@ -193,22 +198,6 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML, readable by `load_config`."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-def flatten(config: Config) -> dict[str, Any]:
-    """Every key, dotted, with its value: what the tracker shows as parameters."""
-    flat: dict[str, Any] = {}
-
-    def visit(prefix: str, node: Any) -> None:
-        for entry in fields(node):
-            value = getattr(node, entry.name)
-            if is_dataclass(value):
-                visit(f"{prefix}{entry.name}.", value)
-            else:
-                flat[f"{prefix}{entry.name}"] = value
-
-    visit("", config)
-    return flat
 
 
 def check_config(config: Config) -> None:
@@ -321,6 +310,17 @@ def _reject_unknown_keys(base: DictConfig, change: Any, prefix: str, where: str)
         tails = [candidate for candidate in known if candidate.rsplit(".", 1)[-1] == name]
         nearest = (tails or near)[0]
         raise UsageError(f"unknown key {key} {where}: did you mean {nearest}?")
+
+
+def _text_keys() -> set[str]:
+    """The dotted keys whose values are text."""
+    sections = {entry.name: entry.type for entry in fields(Config) if is_dataclass(entry.type)}
+    return {
+        f"{name}.{entry.name}"
+        for name, section in sections.items()
+        for entry in fields(section)  # type: ignore[arg-type]
+        if entry.type in (str, str | None)
+    }
 
 
 def _first_below(section: str, known: dict[str, Any]) -> str:

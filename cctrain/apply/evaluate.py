@@ -8,13 +8,15 @@ the cell, and not from knowing genes better), and the targets' counts permuted a
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 import torch
+from rich.console import Console
+from rich.progress import track
 
 from cctrain.apply import metrics
 from cctrain.apply.baselines import fit_neighbours, gene_mean, poisson_gene_mean
@@ -61,7 +63,7 @@ def evaluate(run_dir: Path, data: Path | None = None) -> dict[str, Any]:
     model = load_model(config.model, run.path / WEIGHTS).to(torch.device(find_device_kind()))
 
     log.info("predicting %s targets of %s held-out cells", f"{len(targets.genes):,}", f"{targets.num_cells:,}")
-    ours = predict_targets(model, contexts())
+    ours = predict_targets(model, _progress(contexts(), targets.num_contexts, "predicting"))
     genes, probability = store.genes, target_probability(store.genes, config.objective)
     neighbours = fit_neighbours(training_cells(store), genes.share, genes.theta, probability, config.run.seed)
     predictions: dict[str, Prediction] = {
@@ -69,7 +71,9 @@ def evaluate(run_dir: Path, data: Path | None = None) -> dict[str, Any]:
         POISSON: poisson_gene_mean(targets, genes.share),
         GENE_MEAN: gene_mean(targets, genes.share, genes.theta),
         NEIGHBOURS: neighbours.predict(targets),
-        HIDDEN: predict_targets(model, map(hide_visible, contexts())),
+        HIDDEN: predict_targets(
+            model, map(hide_visible, _progress(contexts(), targets.num_contexts, "predicting, context hidden"))
+        ),
     }
     result = compare(targets, predictions, genes.detection_rate >= DETECTED_IN, config.run.seed)
     result |= {
@@ -223,6 +227,10 @@ def write_report(folder: Path, result: dict[str, Any]) -> None:
     write_atomically(folder / "metrics.json", json.dumps(result, indent=1, allow_nan=False).encode())
     write_atomically(folder / "table.md", f"{result['sentence']}\n\n{table(result)}\n".encode())
     evaluation_figure(folder.parent, result, folder / "figure.png")
+
+
+def _progress(contexts: Iterator[Context], total: int, what: str) -> Iterable[Context]:
+    return track(contexts, description=what, total=total, console=Console(stderr=True))
 
 
 def _open(run: TrainedRun, data: Path | None) -> TokenStore:

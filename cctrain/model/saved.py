@@ -1,5 +1,6 @@
 """Weights as safetensors: one file of tensors by name, which can hold no code."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -14,7 +15,12 @@ from cctrain.model.transformer import Transformer
 def save_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
     """The file is there whole, or as it was before."""
     partial = path.with_name(f".{path.name}.partial")
+    partial.touch()
+    mode = partial.stat().st_mode
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial)
+    partial.chmod(mode)  # safetensors lets nobody but the owner read it
+    with open(partial, "rb+") as file:
+        os.fsync(file.fileno())
     partial.replace(path)
 
 

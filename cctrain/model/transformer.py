@@ -115,7 +115,7 @@ def initialize(model: Transformer, loadings: Tensor, seed: int) -> None:
     """
     generator = torch.Generator().manual_seed(seed)
     depth = len(model.layers)
-    lasts = {id(last.weight) for last in _last_of_each_branch(model)}
+    lasts = {id(last.weight) for last in last_of_each_branch(model)}
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Linear):
@@ -145,7 +145,8 @@ def _initial_gene_vectors(loadings: Tensor, width: int, generator: torch.Generat
     return kept @ basis * math.sqrt(width) + 0.3 * noise
 
 
-def _last_of_each_branch(model: Transformer) -> Iterator[nn.Linear]:
+def last_of_each_branch(model: Transformer) -> Iterator[nn.Linear]:
+    """The matrix that writes each branch into its stream."""
     for module in model.modules():
         if isinstance(module, (Read, Write, SelfAttention)):
             yield module.out

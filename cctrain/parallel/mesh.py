@@ -58,7 +58,7 @@ def join_mesh() -> Iterator[Mesh]:
     finally:
         dist.destroy_process_group()
         for name in alone:
-            del os.environ[name]  # this process may train again
+            del os.environ[name]  # what this process does next, it does not do as a rank
 
 
 def find_device_kind() -> str:

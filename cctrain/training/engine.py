@@ -4,14 +4,20 @@ Accumulation is ours: how many micro-batches a step has follows from its context
 one is the last, and scales no loss. ZeRO averages gradients over ranks; the loss undoes that (see `loop`).
 """
 
+import io
+import logging
+import warnings
+from contextlib import redirect_stdout
 from typing import Any
 
 import torch
 
 from cctrain.config import Config
 from cctrain.errors import UsageError
-from cctrain.model.transformer import Transformer
+from cctrain.model.transformer import Transformer, last_of_each_branch
 from cctrain.parallel.mesh import Mesh
+
+log = logging.getLogger(__name__)
 
 
 def build_engine(model: Transformer, config: Config, mesh: Mesh) -> Any:
@@ -23,12 +29,16 @@ def build_engine(model: Transformer, config: Config, mesh: Mesh) -> Any:
     if config.training.precision == "fp16" and mesh.device.type != "cuda":
         raise UsageError("training.precision=fp16 needs a GPU: use bf16 or fp32 on CPUs")
     model.to(mesh.device)
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=_optimizer(model, config),
-        config=deepspeed_config(config),
-        dist_init_required=False,
-    )
+    # DeepSpeed's own calls, at every step of every rank.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
+    with redirect_stdout(io.StringIO()) as said:  # dozens of lines about memory, on standard output
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=_optimizer(model, config),
+            config=deepspeed_config(config),
+            dist_init_required=False,
+        )
+    log.debug("DeepSpeed: %s", said.getvalue())
     if not engine.zero_optimization():
         _undo_step_of_zeros(engine)
     return engine
@@ -103,19 +113,34 @@ def _unsharded_masters(engine: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def _optimizer(model: Transformer, config: Config) -> torch.optim.Optimizer:
-    """AdamW. Matrices decay towards zero, vectors and tables do not; tables, of which a step touches few rows,
-    learn faster.
+    """AdamW, in which `rate` is what a group's learning rate is multiplied by.
+
+    Depth: Adam's steps have one size whatever a weight's scale, and the changes of all layers add up. So that the
+    same learning rate serves at any depth, the matrix that ends a branch learns at 1/depth and the rest of a layer
+    at 1/√depth, relative to a model of two layers (Depth-μP, Yang et al. 2023, in our parametrisation). Tables with
+    a row per gene, of which a step touches few rows, learn faster. Matrices decay towards zero; vectors and tables
+    do not.
     """
-    tables = [model.embedding.gene.weight, model.head.log_theta_shift]
-    known = {id(table) for table in tables}
-    rest = [parameter for parameter in model.parameters() if id(parameter) not in known]
     training = config.training
+    relative_depth = len(model.layers) / 2
+    lasts = {id(last.weight) for last in last_of_each_branch(model)}
+    tables = {id(model.embedding.gene.weight), id(model.head.log_theta_shift)}
+    in_layers = {id(parameter) for parameter in model.layers.parameters()}
+
+    def rate(parameter: torch.Tensor) -> float:
+        if id(parameter) in tables:
+            return training.table_rate
+        if id(parameter) in lasts:
+            return 1 / relative_depth
+        return relative_depth**-0.5 if id(parameter) in in_layers else 1.0
+
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for parameter in model.parameters():
+        decays = parameter.ndim > 1 and id(parameter) not in tables
+        key = (rate(parameter), training.weight_decay if decays else 0.0)
+        groups.setdefault(key, []).append(parameter)
     return torch.optim.AdamW(
-        [
-            {"params": [p for p in rest if p.ndim > 1], "weight_decay": training.weight_decay, "rate": 1.0},
-            {"params": [p for p in rest if p.ndim == 1], "weight_decay": 0.0, "rate": 1.0},
-            {"params": tables, "weight_decay": 0.0, "rate": training.table_rate},
-        ],
+        [{"params": members, "rate": rate, "weight_decay": decay} for (rate, decay), members in groups.items()],
         lr=training.learning_rate,
         betas=(training.beta1, training.beta2),
         eps=training.epsilon,
