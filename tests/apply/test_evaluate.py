@@ -1,0 +1,176 @@
+"""What `evaluate` says of models trained on cells of which we know what there is to learn."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cctrain.apply.evaluate import GENE_MEAN, HIDDEN, MODEL, NEIGHBOURS, compare, evaluate, held_out_targets, table
+from cctrain.apply.targets import TargetSet
+from cctrain.config import load_config
+from cctrain.data.store import TokenStore
+from cctrain.errors import DataError
+from tests.data.conftest import gene_ids, prepared, write_h5ad
+
+NUM_CELLS, NUM_GENES = 300, 60
+TINY = """
+data: {global_batch: 16}
+model: {width: 16, depth: 1, heads: 2, latents: 4}
+training: {steps: 120, warmup: 10, learning_rate: 5e-3}
+evaluation: {every: 60, cells: 16, draws: 4}
+"""
+
+
+def poisson_cells(types: float, seed: int = 0, first_gene: int = 0) -> np.ndarray:
+    """Poisson counts around gene means at unequal depths; two types of cells differ by e^±types in each gene."""
+    draws = np.random.default_rng(seed)
+    rates = draws.gamma(1.0, size=NUM_GENES) + 0.1
+    rates = rates * np.exp(types * draws.choice([-1.0, 1.0], size=NUM_GENES) * np.array([[1.0], [-1.0]]))
+    rates /= rates.sum(axis=1, keepdims=True)
+    depth = draws.uniform(60, 240, size=(NUM_CELLS, 1))
+    return draws.poisson(depth * rates[draws.integers(2, size=NUM_CELLS)])
+
+
+def train_on(folder: Path, counts: np.ndarray) -> Path:
+    """A run trained by the command line; the journal alone is written, as under Slurm."""
+    prepared(folder / "store", write_h5ad(folder / "cells.h5ad", counts), held_out=0.25)
+    (folder / "tiny.yaml").write_text(TINY)
+    environment = {**os.environ, "SLURM_JOB_ID": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        environment.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, "-m", "cctrain", "train", "tiny.yaml", "data.store=store", "run.dir=run"],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def typed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_on(tmp_path_factory.mktemp("typed"), poisson_cells(types=0.8))
+
+
+@pytest.fixture(scope="module")
+def typed_result(typed_run: Path) -> dict[str, Any]:
+    return evaluate(typed_run)
+
+
+def row(result: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(entry for entry in result["rows"] if entry["name"] == name)
+
+
+@pytest.mark.slow
+@pytest.mark.representative
+def test_two_planted_types_are_learned_from_the_context(typed_result):
+    for name in (GENE_MEAN, HIDDEN):
+        assert row(typed_result, name)["difference"]["high"] < -0.02, name
+    assert typed_result["sentence"].count("better than") >= 3
+    assert row(typed_result, MODEL)["correlation_within_gene"] > row(typed_result, GENE_MEAN)["correlation_within_gene"]
+
+
+@pytest.mark.slow
+@pytest.mark.representative
+def test_counts_permuted_across_cells_destroy_what_was_learned(typed_result):
+    assert typed_result["permuted"]["high"] > 0
+    assert typed_result["permuted"]["mean"] > row(typed_result, GENE_MEAN)["difference"]["mean"]
+
+
+@pytest.mark.slow
+@pytest.mark.representative
+def test_the_report_is_written_beside_the_run(typed_run, typed_result):
+    folder = typed_run / "evaluation"
+    assert json.loads((folder / "metrics.json").read_text()) == json.loads(json.dumps(typed_result))
+    assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
+    written = (folder / "table.md").read_text()
+    assert written.startswith(typed_result["sentence"])
+    assert table(typed_result) in written
+
+
+@pytest.mark.slow
+@pytest.mark.representative
+def test_evaluating_again_gives_the_same_numbers(typed_run, typed_result):
+    assert json.dumps(evaluate(typed_run)) == json.dumps(typed_result)
+
+
+@pytest.mark.slow
+@pytest.mark.representative
+def test_a_store_with_another_vocabulary_is_refused(typed_run, tmp_path):
+    source = write_h5ad(tmp_path / "other.h5ad", poisson_cells(0.5)[:20], genes=gene_ids(NUM_GENES, first=900))
+    prepared(tmp_path / "store", source)
+    with pytest.raises(DataError, match="another vocabulary"):
+        evaluate(typed_run, tmp_path / "store")
+
+
+@pytest.mark.slow
+def test_pure_noise_around_the_gene_mean_is_not_called_better(tmp_path):
+    result = evaluate(train_on(tmp_path, poisson_cells(types=0.0)))
+    assert row(result, GENE_MEAN)["difference"]["high"] >= 0
+    for name in (GENE_MEAN, NEIGHBOURS, HIDDEN):
+        assert row(result, name)["difference"]["mean"] > -0.02, name
+    gene_mean = "the gene mean (negative binomial)"
+    assert f"better than {gene_mean}" not in result["sentence"]
+    assert f"no different from {gene_mean}" in result["sentence"] or f"worse than {gene_mean}" in result["sentence"]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
+    folder = tmp_path_factory.mktemp("evaluated")
+    return prepared(folder / "store", write_h5ad(folder / "cells.h5ad", poisson_cells(0.8)[:60]), held_out=0.25)
+
+
+@pytest.fixture(scope="module")
+def targets(store: TokenStore, tmp_path_factory: pytest.TempPathFactory) -> TargetSet:
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(TINY)
+    return held_out_targets(store, load_config(path, [f"data.store={store.path}"]))[0]
+
+
+def test_targets_and_visible_genes_of_a_held_out_cell_divide_its_counts(store, targets):
+    num_held_out = store.num_cells - store.num_train
+    assert targets.num_cells == num_held_out
+    assert targets.num_contexts == 4 * num_held_out
+    whole = store.cells(np.arange(store.num_train, store.num_cells))
+    for context, cell in enumerate(targets.cell_of_context):
+        tokens = slice(whole.offsets[cell], whole.offsets[cell + 1])
+        given = dict(zip(whole.genes[tokens].tolist(), whole.counts[tokens].tolist(), strict=True))
+        seen = slice(targets.visible_offsets[context], targets.visible_offsets[context + 1])
+        visible = dict(zip(targets.visible_genes[seen].tolist(), targets.visible_counts[seen].tolist(), strict=True))
+        mine = targets.contexts == context
+        hidden = dict(zip(targets.genes[mine].tolist(), targets.counts[mine].tolist(), strict=True))
+        assert not visible.keys() & hidden.keys()
+        assert visible | {gene: count for gene, count in hidden.items() if count} == given
+
+
+def test_no_training_cell_is_evaluated_and_the_draws_of_a_cell_differ(store, targets):
+    assert store.num_train > 0
+    first = {tuple(targets.genes[targets.contexts == context]) for context in range(4)}
+    assert len(first) == 4
+
+
+def test_the_sentence_follows_the_intervals_and_not_the_means(targets):
+    flat = np.zeros(len(targets.genes))
+    expected = np.log(np.maximum(targets.counts, 0.3))
+    better, same = (expected, flat + 5), (flat, flat + 5)
+    result = compare(targets, {MODEL: better, GENE_MEAN: same, HIDDEN: better}, np.ones(NUM_GENES, dtype=bool), 0)
+    assert "better than the gene mean" in result["sentence"]
+    assert "no different from itself with the context hidden" in result["sentence"]
+    result = compare(targets, {MODEL: same, GENE_MEAN: better, HIDDEN: same}, np.ones(NUM_GENES, dtype=bool), 0)
+    assert "worse than the gene mean" in result["sentence"]
+
+
+def test_a_correlation_that_no_gene_has_targets_for_is_null_and_not_a_number(targets):
+    flat = (np.zeros(len(targets.genes)), np.full(len(targets.genes), 5.0))
+    names = {MODEL: flat, GENE_MEAN: flat, NEIGHBOURS: flat}
+    result = compare(targets, names, np.zeros(NUM_GENES, dtype=bool), 0)
+    assert result["rows"][0]["correlation_within_gene"] is None
+    assert json.dumps(result, allow_nan=False)
+    assert "too few targets" in table(result | {"draws": 4})

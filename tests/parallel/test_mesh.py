@@ -1,0 +1,90 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cctrain.errors import UsageError
+from cctrain.launch.local import free_port, rank_environment
+from cctrain.parallel import mesh
+from cctrain.parallel.mesh import find_device_kind, gather_rows, join_mesh, sum_over_ranks
+
+TOGETHER = """
+import json, sys
+import torch
+from cctrain.parallel.mesh import gather_rows, join_mesh, sum_over_ranks
+with join_mesh() as mesh:
+    start, num = [(0, 3), (3, 1)][mesh.rank]
+    rows = torch.arange(2 * start, 2 * (start + num)).reshape(num, 2)
+    print(json.dumps({
+        "mesh": [mesh.rank, mesh.num_ranks, mesh.is_first, mesh.device.type],
+        "unequal": gather_rows(rows).tolist(),
+        "one without": gather_rows(rows[:num * mesh.rank]).tolist(),
+        "none at all": list(gather_rows(rows[:0]).shape),
+        "sums": sum_over_ranks([1.0 + mesh.rank, 2.0**-40], mesh.device),
+    }))
+"""
+
+
+@pytest.fixture(scope="module")
+def together() -> list[dict]:
+    port = free_port()
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", TOGETHER],
+            env={**rank_environment(rank, 2, port), "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path.cwd())},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    outputs = [rank.communicate(timeout=60)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    return [json.loads(output) for output in outputs]
+
+
+@pytest.mark.processes
+def test_ranks_find_themselves_in_their_environment(together):
+    assert [found["mesh"] for found in together] == [[0, 2, True, "cpu"], [1, 2, False, "cpu"]]
+
+
+@pytest.mark.processes
+def test_rows_of_unequal_numbers_are_gathered_in_the_order_of_ranks(together):
+    for found in together:
+        assert found["unequal"] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+        assert found["one without"] == [[6, 7]]
+        assert found["none at all"] == [0, 2]
+
+
+@pytest.mark.processes
+def test_sums_over_ranks_keep_64_bits(together):
+    assert [found["sums"] for found in together] == [[3.0, 2.0**-39]] * 2
+
+
+def test_a_process_alone_is_its_own_mesh_and_leaves_no_trace(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for _ in range(2):
+        with join_mesh() as alone:
+            assert (alone.rank, alone.num_ranks, alone.is_first) == (0, 1, True)
+            rows = torch.tensor([[1, 2]])
+            assert gather_rows(rows).tolist() == [[1, 2]]
+            assert sum_over_ranks([0.1], alone.device) == [0.1]
+        assert "RANK" not in os.environ
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.skipif(torch.version.cuda is not None or torch.version.hip is not None, reason="torch is built for GPUs")
+def test_gpus_that_torch_cannot_use_are_an_error_that_names_the_remedy(monkeypatch):
+    monkeypatch.setattr(mesh, "machine_has_gpus", lambda: True)
+    with pytest.raises(UsageError, match=r"tools/setup\.sh --device cuda"):
+        find_device_kind()
+
+
+def test_hiding_the_gpus_chooses_the_cpu(monkeypatch):
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert not mesh.machine_has_gpus()

@@ -1,0 +1,412 @@
+"""The whole life of a run through the command line, and every kind of bad input: exit code and message."""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pytest
+import typer
+from safetensors.numpy import load_file
+
+from cctrain.cli import app
+from cctrain.data.store import open_store
+from cctrain.model.saved import load_model
+from cctrain.run_directory import open_run
+from cctrain.tracking.journal import read_journal
+from tests.data.conftest import gene_ids, write_10x, write_h5ad
+
+CELL_YAML = Path(__file__).parents[1] / "configs" / "cell.yaml"
+COMMANDS = sorted(typer.main.get_command(app).commands)
+HEAVY = ("torch", "deepspeed", "mlflow", "anndata", "zarr", "scipy", "sklearn", "pandas", "matplotlib")
+SMALL = (
+    "model.width=16",
+    "model.depth=2",
+    "model.heads=2",
+    "model.latents=4",
+    "data.global_batch=8",
+    "training.steps=6",
+    "training.warmup=2",
+    "evaluation.every=3",
+    "evaluation.draws=2",
+)
+STEP_KEYS = {
+    *("event", "attempt", "step", "loss", "learning_rate", "grad_norm", "tokens", "contexts", "targets"),
+    *("step_seconds", "data_seconds", "samples", "accumulation"),
+    *("cost/n", "cost/M", "cost/attention_flops", "cost/total_flops"),
+}
+
+
+@dataclass(frozen=True)
+class Done:
+    code: int
+    out: str
+    err: str
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A folder with cells, a store and two runs, made by the command line alone."""
+
+    folder: Path
+    counts: np.ndarray
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "runs" / "cell"
+
+    @property
+    def tracking(self) -> str:
+        return f"sqlite:///{self.folder / 'tracking' / 'mlflow.db'}"
+
+
+def process(folder: Path, *arguments: str) -> Done:
+    """`python -m cctrain ARGUMENTS` in a process of its own, as a user starts it."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_JOB_ID"):
+        environment.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, "-m", "cctrain", *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def succeed(folder: Path, *arguments: str) -> Done:
+    done = process(folder, *arguments)
+    assert done.code == 0, f"cctrain {' '.join(arguments)}\n{done.err}"
+    return done
+
+
+def two_types(num_cells: int = 36, num_genes: int = 150, seed: int = 3) -> np.ndarray:
+    """int64 (cells, genes) of two types of cells, some hundred times deeper than others."""
+    draws = np.random.default_rng(seed)
+    rates = draws.gamma(0.8, size=num_genes) * np.exp(draws.normal(0.0, 1.0, size=(2, num_genes)))
+    rates /= rates.sum(axis=1, keepdims=True)
+    counts = draws.poisson(np.geomspace(30, 3000, num_cells)[:, None] * rates[np.arange(num_cells) % 2])
+    counts[:, 0] += 1
+    return counts
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    folder = tmp_path_factory.mktemp("lab")
+    lab = Lab(folder, two_types())
+    write_h5ad(folder / "cells.h5ad", lab.counts)
+    prepared = succeed(folder, "prepare", "cells.h5ad", "--out=mine", "--min-genes=5", "--min-cells=1", "--json")
+    assert json.loads(prepared.out)["num_cells"] == 36
+    return lab
+
+
+@pytest.fixture(scope="module")
+def trained(lab: Lab) -> Lab:
+    overrides = ("data.store=mine", *SMALL, "training.precision=fp32", f"tracking.uri={lab.tracking}")
+    done = succeed(lab.folder, "train", str(CELL_YAML), *overrides)
+    assert done.out == "next: cctrain evaluate runs/cell\n", "DeepSpeed or another speaks on standard output"
+    return lab
+
+
+@pytest.fixture
+def fail(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
+    """Runs a command in this process, checks its exit code and that there is no traceback; returns the message."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    handlers = list(logging.getLogger().handlers)
+
+    def run(code: int, *arguments: str) -> str:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            app([str(argument) for argument in arguments])
+        shown = capfd.readouterr()
+        assert ended.value.code == code, shown.err
+        assert "Traceback" not in shown.err
+        assert shown.out == ""
+        return shown.err
+
+    yield run
+    for handler in set(logging.getLogger().handlers) - set(handlers):
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+def steps_of(run: Path) -> list[dict]:
+    return [line for line in read_journal(run) if line["event"] == "step"]
+
+
+# ---- help
+
+
+def test_help_imports_nothing_heavy_and_every_command_has_its_own(tmp_path):
+    script = (
+        "import sys\nfrom cctrain.cli import app\n"
+        f"for command in {['', *COMMANDS]!r}:\n"
+        "    try:\n        app([part for part in (command, '--help') if part])\n"
+        "    except SystemExit as ended:\n        assert ended.code == 0\n"
+        f"print('HEAVY', [name for name in {HEAVY!r} if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "HEAVY []"
+    for command in COMMANDS:
+        assert f" {command} " in done.stdout
+
+
+# ---- a life
+
+
+@pytest.mark.slow
+@pytest.mark.representative
+def test_a_run_leaves_a_journal_with_every_key_and_weights_that_load(trained):
+    lines = read_journal(trained.run)
+    look_and_train = ["evaluate", "step", "step", "step"]
+    assert [line["event"] for line in lines] == ["start", *look_and_train, *look_and_train, "evaluate", "stop"]
+    assert lines[-1]["status"] == "finished"
+    store = open_store(trained.folder / "mine")
+    for number, line in enumerate(steps_of(trained.run), start=1):
+        assert line.keys() >= STEP_KEYS
+        assert line["step"] == number
+        assert all(line[key] > 0 for key in STEP_KEYS - {"event", "samples", "data_seconds"})
+        assert line["contexts"] <= 8
+        assert len(line["samples"]) == 64
+    assert sum(line["contexts"] for line in steps_of(trained.run)) <= 6 * 8
+    run = open_run(trained.run)
+    weights = load_file(run.path / "weights.safetensors")
+    assert {array.dtype for array in weights.values()} == {np.dtype(np.float32)}
+    model = load_model(run.config.model, run.path / "weights.safetensors")
+    assert sum(p.numel() for p in model.parameters()) + 2 * len(store.genes.ids) == sum(
+        a.size for a in weights.values()
+    )
+    readable = (run.path / "config.yaml").stat().st_mode
+    assert (run.path / "weights.safetensors").stat().st_mode == readable
+    assert run.gene_ids == store.genes.ids.tolist()
+    assert run.config.data.digest == store.digest
+    assert (trained.run / "logs" / "rank-0000.log").read_text().strip()
+
+
+@pytest.mark.slow
+@pytest.mark.representative
+def test_evaluate_prints_one_json_object_and_mlflow_holds_the_run_with_all_its_steps(trained):
+    from mlflow import MlflowClient
+
+    done = succeed(trained.folder, "evaluate", "runs/cell", "--json")
+    result = json.loads(done.out)
+    assert {row["name"] for row in result["rows"]} >= {"model", "gene mean (negative binomial)"}
+    assert result["sentence"].startswith("On ")
+
+    client = MlflowClient(trained.tracking)
+    experiment = client.get_experiment_by_name("cctrain")
+    [run] = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["model.width"] == "16"
+    assert run.data.params["training.steps"] == "6"
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert {point.step: point.value for point in history} == {
+        line["step"]: line["loss"] for line in steps_of(trained.run)
+    }
+    assert len(history) == 6
+    assert {m.step for m in client.get_metric_history(run.info.run_id, "validation/difference")} == {0, 3, 6}
+    assert json.loads((trained.run / "mlflow.json").read_text())["run_id"] == run.info.run_id
+
+    synced = json.loads(succeed(trained.folder, "sync", "runs/cell", "--json").out)
+    assert synced["runs"][0]["run_id"] == run.info.run_id
+    artifacts = {entry.path for entry in client.list_artifacts(run.info.run_id, "evaluation")}
+    assert artifacts == {"evaluation/figure.png", "evaluation/metrics.json", "evaluation/table.md"}
+    assert len(client.get_metric_history(run.info.run_id, "train/loss")) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.representative
+def test_embed_writes_a_vector_for_every_cell_in_the_order_of_the_input(trained):
+    done = succeed(trained.folder, "embed", "runs/cell", "cells.h5ad", "--out=embedded.h5ad", "--json")
+    assert json.loads(done.out)["cells"] == 36
+    written = anndata.read_h5ad(trained.folder / "embedded.h5ad")
+    given = anndata.read_h5ad(trained.folder / "cells.h5ad")
+    assert written.obs_names.tolist() == given.obs_names.tolist()
+    assert (written.X != given.X).nnz == 0
+    assert written.obsm["X_cctrain"].shape == (36, 16)
+    assert np.isfinite(written.obsm["X_cctrain"]).all()
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_two_ranks_write_their_logs_and_the_losses_of_one(trained):
+    overrides = ("data.store=mine", *SMALL, "training.precision=fp32", "run.dir=runs/two")
+    succeed(trained.folder, "train", str(CELL_YAML), *overrides, "--ranks=2")
+    assert (trained.folder / "runs" / "two" / "logs" / "rank-0000.log").is_file()
+    assert (trained.folder / "runs" / "two" / "logs" / "rank-0001.log").is_file()
+    one, two = steps_of(trained.run), steps_of(trained.folder / "runs" / "two")
+    assert [line["samples"] for line in two] == [line["samples"] for line in one]
+    np.testing.assert_allclose([line["loss"] for line in two], [line["loss"] for line in one], rtol=1e-5)
+    assert (trained.folder / "runs" / "mlflow.db").is_file()  # the default, beside the run
+
+
+@pytest.mark.slow
+def test_the_configuration_for_a_laboratory_needs_nothing_but_a_store(lab, tmp_path):
+    shutil.copytree(lab.folder / "mine", tmp_path / "mine")
+    done = succeed(tmp_path, "train", str(CELL_YAML), "data.store=mine", *SMALL)
+    assert done.out == "next: cctrain evaluate runs/cell\n"
+    [start, *_] = read_journal(tmp_path / "runs" / "cell")
+    assert start["precision"] == "bf16"
+    assert len(steps_of(tmp_path / "runs" / "cell")) == 6
+    assert succeed(tmp_path, "evaluate", "runs/cell").out.startswith("On ")
+
+
+# ---- bad input
+
+
+@pytest.fixture
+def train_arguments(lab: Lab, tmp_path: Path) -> tuple[str, ...]:
+    return ("train", str(CELL_YAML), f"data.store={lab.folder / 'mine'}", f"run.dir={tmp_path / 'run'}", *SMALL)
+
+
+def test_a_misspelt_key_is_named_with_the_right_one(fail, train_arguments):
+    message = fail(2, *train_arguments, "training.learningrate=1e-3")
+    assert "training.learningrate" in message
+    assert "did you mean training.learning_rate?" in message
+
+
+def test_a_value_of_the_wrong_type_is_refused(fail, train_arguments):
+    assert "training.steps" in fail(2, *train_arguments, "training.steps=many")
+
+
+def test_a_missing_configuration_file_is_named(fail, tmp_path):
+    assert "no configuration file" in fail(2, "train", tmp_path / "no.yaml")
+
+
+def test_a_training_without_a_store_says_which_key_is_missing(fail, tmp_path):
+    assert "data.store" in fail(2, "train", CELL_YAML, f"run.dir={tmp_path / 'run'}")
+
+
+def test_a_store_that_is_not_there_is_named(fail, train_arguments, tmp_path):
+    message = fail(3, *train_arguments, f"data.store={tmp_path / 'nowhere'}")
+    assert "nowhere" in message
+    assert "cctrain prepare" in message
+
+
+def test_a_store_that_was_cut_short_is_refused(fail, train_arguments, lab, tmp_path):
+    shutil.copytree(lab.folder / "mine", tmp_path / "cut")
+    files = [file for file in (tmp_path / "cut" / "cells.zarr").rglob("*") if file.is_file()]
+    largest = max(files, key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-3])
+    message = fail(3, *train_arguments, f"data.store={tmp_path / 'cut'}")
+    assert str(largest) in message
+    assert "cut short" in message
+
+
+def test_another_store_than_the_digest_names_is_refused(fail, train_arguments):
+    message = fail(3, *train_arguments, "data.digest=feed")
+    assert "feed" in message
+    assert "another store" in message
+
+
+def test_a_run_directory_that_holds_a_run_is_never_overwritten(fail, train_arguments, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    assert "already holds a run" in fail(2, *train_arguments)
+
+
+def test_a_rank_of_another_launcher_does_not_overwrite_a_run_either(fail, train_arguments, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    monkeypatch.setenv("RANK", "0")
+    assert "already holds a run" in fail(2, *train_arguments)
+
+
+def test_fp16_on_a_cpu_is_refused(fail, train_arguments):
+    assert "training.precision=fp16 needs a GPU" in fail(2, *train_arguments, "training.precision=fp16")
+
+
+def test_a_context_that_is_too_long_is_refused_before_the_run_directory_is_taken(fail, train_arguments, tmp_path):
+    message = fail(2, *train_arguments, "data.micro_batch_tokens=50")
+    assert "data.micro_batch_tokens=50" in message
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize(("value", "shown"), [(-1.0, "-1"), (0.5, "0.5")])
+def test_values_that_are_no_counts_are_refused_with_their_cell_and_gene(fail, tmp_path, value, shown):
+    counts = two_types().astype(np.float64)
+    counts[7, 11] = value
+    write_h5ad(tmp_path / "bad.h5ad", counts)
+    message = fail(3, "prepare", tmp_path / "bad.h5ad", "--out", tmp_path / "store", "--counts=X")
+    assert shown in message
+    assert "cell7" in message
+    assert gene_ids(12)[11] in message
+    assert not (tmp_path / "store").exists()
+
+
+def test_columns_with_the_same_gene_are_added_and_reported(tmp_path, capfd):
+    genes = gene_ids(150)
+    genes[5] = genes[4]
+    write_h5ad(tmp_path / "twice.h5ad", two_types(), genes=genes)
+    with pytest.raises(SystemExit) as ended:
+        app(["prepare", str(tmp_path / "twice.h5ad"), f"--out={tmp_path / 'store'}", "--min-genes=5", "--json"])
+    shown = capfd.readouterr()
+    assert ended.value.code == 0
+    assert "1 columns with the id of another gene were added to it" in shown.err
+    assert json.loads(shown.out)["sources"][0]["num_duplicate_genes"] == 1
+
+
+def test_quality_control_that_leaves_no_cell_says_which_rule_it_was(fail, lab, tmp_path):
+    message = fail(3, "prepare", lab.folder / "cells.h5ad", f"--out={tmp_path / 'store'}", "--min-genes=1000")
+    assert "No cell passes quality control" in message
+    assert "min_genes" in message
+
+
+def test_evaluate_needs_a_run(fail, tmp_path):
+    assert "is not a run directory" in fail(2, "evaluate", tmp_path)
+
+
+def untrained_run(folder: Path, lab: Lab) -> Path:
+    """What a training leaves behind that was killed at its first step."""
+    from cctrain.config import load_config, to_yaml
+    from cctrain.run_directory import write_vocabulary
+
+    folder.mkdir()
+    config = load_config(CELL_YAML, [f"data.store={lab.folder / 'mine'}", *SMALL])
+    (folder / "config.yaml").write_text(to_yaml(config))
+    write_vocabulary(folder, ["a"], ["a"])
+    return folder
+
+
+def test_evaluate_of_an_unfinished_run_says_that_there_are_no_weights(fail, lab, tmp_path):
+    message = fail(4, "evaluate", untrained_run(tmp_path / "run", lab))
+    assert "weights.safetensors is missing" in message
+
+
+@pytest.mark.parametrize("command", ["evaluate", "embed"])
+def test_damaged_weights_are_refused(fail, lab, tmp_path, command):
+    run = untrained_run(tmp_path / "run", lab)
+    (run / "weights.safetensors").write_bytes(b"\x10" + b"\x00" * 40)
+    arguments = [lab.folder / "cells.h5ad", f"--out={tmp_path / 'out.h5ad'}"] if command == "embed" else []
+    assert "weights.safetensors" in fail(4, command, run, *arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.representative
+def test_embedding_a_file_of_other_genes_says_what_both_look_like(fail, trained, tmp_path):
+    source = write_10x(tmp_path / "mouse", two_types(5), genes=[f"ENSMUSG{i:011d}" for i in range(150)])
+    message = fail(3, "embed", trained.run, source, f"--out={tmp_path / 'out.h5ad'}")
+    assert "none of its 150 genes" in message
+    assert "ENSMUSG" in message
+    assert not (tmp_path / "out.h5ad").exists()
+
+
+def test_debug_shows_a_traceback_and_keeps_the_exit_code(tmp_path):
+    plain, debug = (process(tmp_path, "train", "no.yaml", *more) for more in ([], ["--debug"]))
+    assert (plain.code, debug.code) == (2, 2)
+    assert "Traceback" not in plain.err
+    assert "Traceback" in debug.err
+    assert "no configuration file" in plain.err
+    assert "no configuration file" in debug.err

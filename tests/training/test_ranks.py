@@ -1,0 +1,294 @@
+"""Ranks × ZeRO stages × accumulation, against plain PyTorch in float64 on the whole global batch at once."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from cctrain.config import Config, load_config
+from cctrain.data.batches import Batch
+from cctrain.data.loader import Loader
+from cctrain.data.order import Order
+from cctrain.data.store import TokenStore
+from cctrain.training.engine import _optimizer, set_learning_rate
+from cctrain.training.loop import samples_digest, to_inputs
+from cctrain.training.objective import negative_log_likelihood
+from cctrain.training.schedule import learning_rate
+from cctrain.training.train import build_model, held_out_batches, resolve, training_rule
+from tests.training.conftest import Case, Result, run_cases
+from tests.training.ranks_worker import disturb
+
+STAGES = (0, 1, 2, 3)
+CLIP = 0.05
+# Without this, stage 3 shards no parameter of so small a model; with small buckets stage 2 reduces in several.
+SHARD_ALL = (
+    "deepspeed.zero_optimization.stage3_param_persistence_threshold=0",
+    "deepspeed.zero_optimization.reduce_bucket_size=500",
+)
+ALL_TOKENS = 10**6
+
+
+@dataclass(frozen=True)
+class Plain:
+    """What one process without DeepSpeed computes. gradient (of step 1, before clipping) and weights are float64."""
+
+    losses: np.ndarray
+    norms: np.ndarray
+    samples: list[str]
+    gradient: dict[str, np.ndarray]
+    weights: dict[str, np.ndarray]
+
+
+def plain_training(config: Config, store: TokenStore) -> Plain:
+    """Float64 from the embedding to the last layer, one backward of (sum of the NLL / targets) a step."""
+    training, batches = config.training, global_batches(config, store)
+    model = build_model(config, store)
+    disturb(model)
+    model.double()
+    plain = SimpleNamespace(optimizer=_optimizer(model, config))  # as much of an engine as a learning rate needs
+    losses, norms, samples, gradient = [], [], [], {}
+    for step, batch in enumerate(batches, start=1):
+        loss = target_losses(model, batch).sum() / len(batch.targets)
+        plain.optimizer.zero_grad()
+        loss.backward()
+        if step == 1:
+            gradient = {name: parameter.grad.numpy().copy() for name, parameter in model.named_parameters()}
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip or torch.inf)))
+        set_learning_rate(plain, learning_rate(step, training))
+        plain.optimizer.step()
+        losses.append(loss.item())
+        samples.append(samples_digest(np.stack((batch.positions, batch.samples), axis=1)))
+    weights = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
+    return Plain(np.array(losses), np.array(norms), samples, gradient, weights)
+
+
+def global_batches(config: Config, store: TokenStore) -> list[Batch]:
+    loader = Loader(store, training_rule(config, store), 0, 1, ALL_TOKENS)
+    order = Order(store.num_train, store.digest, config.run.seed, config.data.block, config.data.window)
+    steps = loader.training_steps(order, config.data.global_batch, 0, config.training.steps)
+    return [batch for step in steps for batch in step.batches]
+
+
+def target_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    inputs = to_inputs(batch, torch.device("cpu"))
+    inputs = replace(inputs, counts=inputs.counts.double(), log_size_factors=inputs.log_size_factors.double())
+    log_mu, log_theta = model(inputs)
+    return negative_log_likelihood(torch.from_numpy(batch.target_counts).double(), log_mu.double(), log_theta.double())
+
+
+class Reference:
+    """Configurations and plain trainings, each made once."""
+
+    def __init__(self, path: Path, store: TokenStore):
+        self.path, self.store = path, store
+        self.trained: dict[tuple[str, ...], Plain] = {}
+
+    def config(self, *overrides: str) -> Config:
+        return resolve(load_config(self.path, [f"data.store={self.store.path}", *overrides]), self.store)
+
+    def __call__(self, *overrides: str) -> Plain:
+        if overrides not in self.trained:
+            self.trained[overrides] = plain_training(self.config(*overrides), self.store)
+        return self.trained[overrides]
+
+    def accumulate(self, num_ranks: int, steps: int) -> str:
+        """The micro-batch size with which the first step accumulates `steps` times on so many ranks."""
+        config = self.config()
+        sizes = Loader(self.store, training_rule(config, self.store), 0, 1, 0).sizes
+        step = sizes[global_batches(config, self.store)[0].samples]
+        tokens = int(np.ceil(step.sum() / (num_ranks * steps) * 1.12))
+        assert tokens >= sizes.max(), "the cells are too few or too large to force this accumulation"
+        return f"data.micro_batch_tokens={tokens}"
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_config: Path, unequal_store: TokenStore) -> Reference:
+    return Reference(tiny_config, unequal_store)
+
+
+def zero(stage: int) -> tuple[str, ...]:
+    return (f"parallel.zero_stage={stage}", *SHARD_ALL)
+
+
+@pytest.fixture(scope="module")
+def clipped_runs(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+    """Every stage on 2 ranks, with accumulation and clipping."""
+    common = (f"training.clip={CLIP}", reference.accumulate(num_ranks=2, steps=3))
+    cases = [Case(f"zero{stage}", (*zero(stage), *common)) for stage in STAGES]
+    return run_cases(cases, 2, reference.path, reference.store, tmp_path_factory.mktemp("clipped") / "out")
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1-rank", "2-ranks"])
+def runs(
+    request: pytest.FixtureRequest, reference: Reference, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Result]:
+    """Everything else, on 1 rank and on 2."""
+    cases = []
+    for stage in STAGES:
+        cases += [
+            Case(f"zero{stage}-once", zero(stage)),
+            Case(f"zero{stage}-thrice", (*zero(stage), reference.accumulate(request.param, steps=3))),
+            Case(f"zero{stage}-bf16", (*zero(stage), "training.precision=bf16")),
+            Case(f"zero{stage}-bf16-slow", (*zero(stage), "training.precision=bf16", *SLOW)),
+        ]
+    cases += [
+        Case("again", zero(1)),
+        Case("single", (*zero(2), "data.global_batch=1")),
+        Case("dense", (*zero(2), "model.attention=dense")),
+        Case("recomputed", (*zero(3), "memory.checkpointing=true")),
+    ]
+    folder = tmp_path_factory.mktemp(f"ranks-{request.param}")
+    return run_cases(cases, request.param, reference.path, reference.store, folder / "out")
+
+
+SLOW = ("training.steps=1", "training.learning_rate=3e-6", "training.warmup=0", "training.weight_decay=0.0")
+
+
+def assert_same_training(result: Result, plain: Plain) -> None:
+    assert np.isfinite(result.losses).all()
+    np.testing.assert_allclose(result.losses, plain.losses, rtol=1e-5, atol=0)
+    assert result.column("samples") == plain.samples
+    np.testing.assert_allclose(result.column("grad_norm"), plain.norms, rtol=1e-4)
+    assert result.weights.keys() - {"log_share", "log_theta"} == plain.weights.keys()
+    for name, weight in plain.weights.items():
+        # AdamW turns a gradient that is all rounding into a whole step: a few elements may differ by that much.
+        difference = np.abs(result.weights[name] - weight)
+        assert np.quantile(difference, 0.99) < 1e-4, name
+
+
+def assert_same_gradient(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
+    assert found.keys() == wanted.keys()
+    whole = np.sqrt(sum((gradient**2).sum() for gradient in wanted.values()))
+    for name, gradient in wanted.items():
+        error = np.linalg.norm(found[name] - gradient) / max(np.linalg.norm(gradient), 1e-6 * whole)
+        assert error < 1e-5, f"{name}: {error:.2g}"
+        assert np.any(gradient), f"{name} has no gradient: the comparison would say nothing"
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.representative
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_ranks_that_accumulate_and_clip_train_like_plain_pytorch(stage, clipped_runs, reference):
+    result, plain = clipped_runs[f"zero{stage}"], reference(f"training.clip={CLIP}")
+    assert 3 in result.column("accumulation")
+    assert plain.norms.min() > CLIP, "clipping must be active in every step"
+    assert_same_training(result, plain)
+    clipped = {name: gradient * CLIP / plain.norms[0] for name, gradient in plain.gradient.items()}
+    assert_same_gradient(result.gradient, clipped)
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("micro_batch", "accumulation"), [("once", 1), ("thrice", 3)])
+def test_every_stage_and_accumulation_trains_like_plain_pytorch(runs, reference, stage, micro_batch, accumulation):
+    result = runs[f"zero{stage}-{micro_batch}"]
+    assert result.column("accumulation")[0] == accumulation
+    assert_same_training(result, reference())
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("micro_batch", ["once", "thrice"])
+def test_every_stage_and_accumulation_has_the_gradient_of_the_whole_batch(runs, reference, stage, micro_batch):
+    assert_same_gradient(runs[f"zero{stage}-{micro_batch}"].gradient, reference().gradient)
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_the_same_training_again_gives_the_same_bits(runs):
+    first, again = runs["zero1-once"], runs["again"]
+    assert first.column("loss") == again.column("loss")
+    assert all(np.array_equal(first.weights[name], again.weights[name]) for name in first.weights)
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_a_rank_without_any_context_takes_part_with_weight_zero(runs, reference):
+    result, plain = runs["single"], reference("data.global_batch=1")
+    assert [sum(sum(steps[i]) for steps in result.contexts) for i in range(20)] == [1] * 20
+    if len(result.contexts) == 2:
+        assert [0] in result.contexts[1], "no rank was ever without a context"
+    assert_same_training(result, plain)
+    assert_same_gradient(result.gradient, plain.gradient)
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("name", "overrides"), [("dense", ("model.attention=dense",)), ("recomputed", ("memory.checkpointing=true",))]
+)
+def test_dense_attention_and_checkpointing_train_like_plain_pytorch(runs, reference, name, overrides):
+    assert_same_training(runs[name], reference(*overrides))
+    assert_same_gradient(runs[name].gradient, reference(*overrides).gradient)
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_stays_close_to_fp32_on_the_same_samples(runs, reference, stage):
+    result = runs[f"zero{stage}-bf16"]
+    assert result.column("samples") == reference().samples
+    np.testing.assert_allclose(result.losses, reference().losses, rtol=1e-2)
+    assert not np.array_equal(result.losses, runs[f"zero{stage}-once"].losses)
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_keeps_and_saves_weights_in_fp32(runs, reference, stage):
+    result = runs[f"zero{stage}-bf16-slow"]
+    model = build_model(reference.config(), reference.store)
+    disturb(model)
+    for name, parameter in model.named_parameters():
+        weight = result.weights[name]
+        assert weight.dtype == np.float32
+        before = parameter.detach().bfloat16().float().numpy()
+        large = np.abs(before) > 0.02  # where bf16 is spaced by 1.2e-4 or more, far more than a step
+        step = np.abs(weight - before)[large]
+        assert 0 < step.max() < 3e-5, f"{name} moved by {step.max()}: no copy in fp32 was trained and saved"
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_leaves_the_constants_of_the_gene_mean_in_fp32(runs, reference, stage):
+    weights = runs[f"zero{stage}-bf16"].weights
+    genes = reference.store.genes
+    np.testing.assert_allclose(weights["log_share"], np.log(genes.share), rtol=1e-6)
+    np.testing.assert_allclose(weights["log_theta"], np.log(genes.theta), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.parametrize("way", ["once", "thrice"])
+def test_the_look_at_held_out_cells_is_the_plain_mean_over_cells_on_any_number_of_ranks(runs, reference, way):
+    config, store = reference.config(), reference.store
+    loader = Loader(store, training_rule(config, store), 0, 1, ALL_TOKENS)
+    [batch] = held_out_batches(config, store, loader)
+    result = runs[f"zero2-{way}"]
+    model = build_model(config, store)
+    model.load_state_dict({name: torch.from_numpy(weight) for name, weight in result.weights.items()})
+    with torch.no_grad():
+        losses = target_losses(model.double(), batch).numpy()
+    cells = np.split(losses, np.searchsorted(batch.targets, batch.offsets)[1:-1])
+    assert result.look["cells"] == len(cells) == store.num_cells - store.num_train > 1
+    assert result.look["nll"] == pytest.approx(np.mean([cell.mean() for cell in cells]), rel=1e-5)
+
+
+def test_a_mean_of_means_would_be_another_loss(reference):
+    config = reference.config()
+    model = build_model(config, reference.store)
+    disturb(model)
+    batch = global_batches(config, reference.store)[0]
+    with torch.no_grad():
+        losses = target_losses(model.double(), batch).numpy()
+    bounds = np.searchsorted(batch.targets, batch.offsets)
+    contexts = np.split(losses, bounds[1:-1])
+    assert losses.mean() == pytest.approx(reference().losses[0], rel=1e-9)
+    assert abs(np.mean([part.mean() for part in contexts]) / losses.mean() - 1) > 0.01

@@ -1,0 +1,143 @@
+"""What a training resolves before it starts, and how it ends when something goes wrong."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from cctrain.config import Config, load_config
+from cctrain.data.loader import Loader
+from cctrain.data.store import TokenStore
+from cctrain.errors import UsageError
+from cctrain.tracking.journal import read_journal
+from cctrain.training.train import code_commit, resolve, resolve_micro_batch, training_rule
+
+
+def steps(run_dir: Path) -> list[dict]:
+    return [line for line in read_journal(run_dir) if line["event"] == "step"]
+
+
+@pytest.fixture
+def config(tiny_config: Path, unequal_store: TokenStore) -> Config:
+    return load_config(tiny_config, [f"data.store={unequal_store.path}"])
+
+
+@pytest.fixture
+def start(tiny_config: Path, unequal_store: TokenStore, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
+    """Starts `cctrain train` in a process group of its own; as under Slurm, where the journal alone is written."""
+    environment = {**os.environ, "SLURM_JOB_ID": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        environment.pop(name, None)
+    command = [sys.executable, "-m", "cctrain", "train", str(tiny_config), f"data.store={unequal_store.path}"]
+    started: list[subprocess.Popen] = []
+
+    def run(*arguments: str) -> subprocess.Popen:
+        started.append(
+            subprocess.Popen(
+                [*command, f"run.dir={tmp_path / 'run'}", *arguments],
+                env=environment,
+                start_new_session=True,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+        return started[-1]
+
+    yield run
+    for process in started:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_defaults_that_depend_on_the_store_are_resolved_and_kept(config, unequal_store):
+    resolved = resolve(config, unequal_store)
+    sizes = unequal_store.num_tokens[: unequal_store.num_train]
+    assert np.mean(sizes <= resolved.data.max_tokens) >= 0.96
+    assert resolved.data.max_tokens <= sizes.max()
+    assert resolved.data.digest == unequal_store.digest
+    assert Path(resolved.data.store).is_absolute()
+    assert config.data.max_tokens is None
+
+
+def test_the_longest_context_must_fit_a_micro_batch(config, unequal_store):
+    config = resolve(config, unequal_store)
+    loader = Loader(unequal_store, training_rule(config, unequal_store), 0, 1, 0)
+    longest = int(loader.sizes.max())
+    config.data.micro_batch_tokens = longest
+    assert resolve_micro_batch(config, loader) == longest
+    config.data.micro_batch_tokens = longest - 1
+    with pytest.raises(UsageError, match=r"lower data\.max_tokens"):
+        resolve_micro_batch(config, loader)
+
+
+def test_the_commit_of_the_code_is_found_in_a_checkout():
+    commit = code_commit()
+    if commit is None:
+        pytest.skip("not a git checkout")
+    assert len(commit.split("+")[0]) == 40
+
+
+@pytest.mark.slow
+def test_a_training_that_diverges_fails_with_the_step_in_the_journal(start, tmp_path):
+    training = start("training.learning_rate=1e30", "training.steps=20")
+    message = training.communicate(timeout=120)[1]
+    assert training.returncode == 5
+    assert "lower training.learning_rate" in message
+    assert "Traceback" not in message
+    last = steps(tmp_path / "run")[-1]
+    assert not np.isfinite(last["loss"])
+    assert f"step {last['step']} " in message
+    stop = read_journal(tmp_path / "run")[-1]
+    assert (stop["event"], stop["status"]) == ("stop", "failed")
+    assert not (tmp_path / "run" / "weights.safetensors").exists()
+
+
+@pytest.fixture
+def endless(start: Callable[..., subprocess.Popen], tmp_path: Path) -> subprocess.Popen:
+    """Two ranks, well into their training."""
+    launcher = start("training.steps=1000000", "--ranks=2")
+    deadline = time.monotonic() + 90
+    while len(steps(tmp_path / "run")) < 3:
+        assert launcher.poll() is None, launcher.stderr.read()
+        assert time.monotonic() < deadline, "the training did not start"
+        time.sleep(0.1)
+    return launcher
+
+
+def rank_processes(launcher: subprocess.Popen) -> dict[int, psutil.Process]:
+    children = psutil.Process(launcher.pid).children()
+    return {int(child.environ()["RANK"]): child for child in children if "RANK" in child.environ()}
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_a_rank_that_is_killed_ends_the_training_within_seconds(endless):
+    ranks = rank_processes(endless)
+    assert ranks.keys() == {0, 1}
+    ranks[1].kill()
+    started = time.monotonic()
+    assert endless.wait(60) == 5
+    assert time.monotonic() - started < 30
+    assert "rank 1 ended with signal SIGKILL" in endless.stderr.read()
+    assert not any(rank.is_running() for rank in ranks.values())
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_ctrl_c_ends_all_ranks_with_130_and_a_last_line_in_the_journal(endless, tmp_path):
+    ranks = rank_processes(endless)
+    os.killpg(endless.pid, signal.SIGINT)
+    assert endless.wait(60) == 130
+    assert not any(rank.is_running() for rank in ranks.values())
+    last = read_journal(tmp_path / "run")[-1]
+    assert (last["event"], last["status"]) == ("stop", "interrupted")
+    assert "Traceback" not in endless.stderr.read()
