@@ -15,15 +15,20 @@ Shapes: tokens (total, d), latents (contexts, M, d_latent), offsets as in `atten
 """
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from cctrain.model import attention
 
 
 class Norm(nn.LayerNorm):
-    """Layer normalisation with a gain and no bias."""
+    """Layer normalisation with a gain and no bias: from the precision of the stream to that of the weights."""
 
     def __init__(self, width: int):
         super().__init__(width, eps=1e-5, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = functional.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), None, self.eps)
+        return normed.to(self.weight.dtype)
 
 
 class Read(nn.Module):

@@ -90,10 +90,10 @@ class Transformer(nn.Module):
         is_target = torch.zeros_like(inputs.genes, dtype=torch.bool)
         is_target[inputs.targets] = True
         log_expected = inputs.log_size_factors + self.log_share[inputs.genes]
-        tokens = self.embedding(inputs.genes, inputs.counts, log_expected, is_target)
+        tokens = _as_stream(self.embedding(inputs.genes, inputs.counts, log_expected, is_target))
         latents = None
         if self.latents is not None:
-            latents = self.latents.expand(len(inputs.offsets) - 1, -1, -1)
+            latents = _as_stream(self.latents).expand(len(inputs.offsets) - 1, -1, -1)
         for layer in self.layers:
             state = (tokens,) if latents is None else (tokens, latents)
             if self.checkpointing and torch.is_grad_enabled():
@@ -102,6 +102,11 @@ class Transformer(nn.Module):
                 result = layer(*state, inputs.offsets)
             tokens, latents = (result, None) if latents is None else result
         return tokens, latents
+
+
+def _as_stream(x: Tensor) -> Tensor:
+    """Streams are at least fp32: in bf16, 128 rounded additions bury what one cell differs by from another."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _normed(x: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ class Journal:
         if attempt is None:
             attempt = last_attempt(read_journal(run_dir)) + 1
         self.attempt = attempt
+        self.last_step = 0  # of the lines written by this attempt
         self._file = _open_for_appending(self.path)
 
     def write(self, event: str, step: int, **values: Any) -> None:
@@ -66,6 +67,7 @@ class Journal:
             ) from error
         if written != len(content):
             raise TrainingError(f"cannot write the journal {self.path}: the disk is full; free it, then resume")
+        self.last_step = int(step)
 
     def close(self) -> None:
         self._file.close()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -70,10 +71,10 @@ class Report:
 
 def plan(config: Config, mesh: Mesh, store: TokenStore, loader: Loader) -> list[str]:
     """What is about to be trained, on what, with how much memory, and for how long at least."""
-    sizes = loader.sizes[: store.num_train]
-    mean_tokens = float(sizes.mean())
     probability = loader.rule.target_probability
     mean_targets = float((store.measured * probability).sum(axis=1)[store.source_of_cell[: store.num_train]].mean())
+    visible = np.minimum(store.num_tokens[: store.num_train], loader.rule.max_tokens)
+    mean_tokens = float(visible.mean()) + mean_targets
     contexts = config.training.steps * config.data.global_batch
     cost = step_cost(config.model, [round(mean_tokens)], round(mean_targets), config.memory.checkpointing)
     parameters = num_parameters(config.model, len(store.genes.ids))

@@ -180,7 +180,7 @@ def recorded(run_dir: Path, config: Config, store: TokenStore, mesh: Mesh) -> It
     except BaseException as error:
         status = "failed" if isinstance(error, Exception) else "interrupted"
         reason = str(error) if isinstance(error, CctrainError) else repr(error)
-        journal.write("stop", 0, status=status, reason=reason)
+        journal.write("stop", journal.last_step, status=status, reason=reason)
         raise
     finally:
         journal.close()
@@ -216,6 +216,7 @@ def code_commit() -> str | None:
             return None
 
     commit, changes = git("rev-parse", "HEAD"), git("diff", "HEAD")
-    if commit is None:
+    # An installed cctrain may lie inside somebody else's checkout.
+    if commit is None or git("ls-files", "--error-unmatch", __file__) is None:
         return None
     return commit.strip() + (f"+{hashlib.sha256(changes.encode()).hexdigest()[:12]}" if changes else "")
