@@ -251,8 +251,10 @@ def _run(work: Callable[[], tuple[dict[str, Any], str]], as_json: bool, debug: b
     except CctrainError as error:
         if debug:
             traceback.print_exc()
+        elif _is_first():
+            print(f"cctrain: {error}", file=sys.stderr)
         else:
-            log.error("cctrain: %s", error)
+            log.error("%s", error)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         print("cctrain: interrupted", file=sys.stderr)
