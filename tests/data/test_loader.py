@@ -15,7 +15,9 @@ GLOBAL_BATCH = 6
 
 
 def a_rule(store: TokenStore, seed: int = 0, purpose: str = "training", max_tokens: int = 15) -> ContextRule:
-    return ContextRule(seed, purpose, target_probability(store.genes, ObjectiveConfig(target_rate=0.2)), store.genes.share, max_tokens)
+    return ContextRule(
+        seed, purpose, target_probability(store.genes, ObjectiveConfig(target_rate=0.2)), store.genes.share, max_tokens
+    )
 
 
 def loader_of(store: TokenStore, rank: int = 0, num_ranks: int = 1, limit: int = 100, **rule) -> Loader:
