@@ -154,7 +154,6 @@ def train(
 @app.command()
 def evaluate(
     run: Run,
-    data: Annotated[Path | None, typer.Option(help="Another store with the same vocabulary.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -163,7 +162,7 @@ def evaluate(
     def work() -> Any:
         from cctrain.apply.evaluate import evaluate, table
 
-        result = evaluate(run, data)
+        result = evaluate(run)
         return (
             result,
             f"{result['sentence']}\n\n{table(result)}\n\npicture: {run / 'evaluation' / 'figure.png'}",
@@ -256,6 +255,12 @@ def _run(work: Callable[[], tuple[dict[str, Any], str]], as_json: bool, debug: b
         else:
             log.error("%s", error)
         raise SystemExit(error.exit_code) from None
+    except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            print(f"cctrain: {error.strerror}: {error.filename}", file=sys.stderr)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("cctrain: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
@@ -292,7 +297,3 @@ def _default_ranks() -> int:
     import torch
 
     return torch.cuda.device_count()
-
-
-if __name__ == "__main__":
-    main()

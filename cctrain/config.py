@@ -94,14 +94,18 @@ class TrainingConfig:
     steps: int = scheduled("Optimizer steps in all.", 10_000)
     precision: str = scheduled("`fp32`, `bf16`, or `fp16` (with loss scaling, on GPUs only).", "fp32")
     clip: float = scheduled("Largest gradient norm; 0 clips nothing.", 1.0)
-    learning_rate: float = scheduled("Peak learning rate of AdamW.", 1e-3)
+    learning_rate: float = scheduled(
+        "Peak learning rate of AdamW for two layers; deeper layers learn at 1/√depth of it and slower.", 1e-3
+    )
     schedule: str = scheduled(
         "`cosine` (to final_learning_rate) or `wsd` (warm-up, stable, then a linear decay).", "cosine"
     )
     warmup: int = scheduled("Steps of linear warm-up.", 100)
     decay: float = scheduled("Share of the steps that `wsd` spends on its decay.", 0.2)
     final_learning_rate: float = scheduled("Where the schedule ends, as a share of the peak.", 0.05)
-    weight_decay: float = fixed("AdamW weight decay of matrices; vectors and embeddings have none.", 0.05)
+    weight_decay: float = fixed(
+        "AdamW weight decay of matrices, latents among them; vectors and tables have none.", 0.05
+    )
     table_rate: float = fixed("Learning rate of the tables with a row per gene, as a multiple of the rest's.", 3.0)
     beta1: float = fixed("AdamW's decay of the first moment.", 0.9)
     beta2: float = fixed("AdamW's decay of the second moment.", 0.98)
@@ -146,7 +150,9 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    deepspeed: dict[str, Any] = free("Further DeepSpeed keys, passed through; they win over ours.", {})
+    deepspeed: dict[str, Any] = scheduled(
+        "Further DeepSpeed keys, passed through; they win over what cctrain derives.", {}
+    )
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> Config:

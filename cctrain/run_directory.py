@@ -48,6 +48,14 @@ def claim_run_directory(run_dir: Path) -> None:
         raise UsageError(f"{run_dir} already holds a run: choose another with run.dir=DIR, or move that one away")
 
 
+def take_run_directory(run_dir: Path) -> None:
+    """Of two trainings that start at once in one place, the second gets UsageError."""
+    try:
+        (run_dir / CONFIG).touch(exist_ok=False)
+    except FileExistsError:
+        claim_run_directory(run_dir)
+
+
 def write_vocabulary(path: Path, ids: list[str], names: list[str]) -> None:
     write_atomically(Path(path) / VOCABULARY, json.dumps({"ids": ids, "names": names}).encode())
 

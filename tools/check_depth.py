@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--depths", type=int, nargs="+", default=[4, 64])
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     result = {
         "question": "is the deepest model no worse than the shallowest, and does every branch carry something?",
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",

@@ -91,15 +91,6 @@ def verdict(difference: dict[str, Any]) -> str:
     return "no different"
 
 
-def verdict_in_words(a: str, b: str, difference: dict[str, Any]) -> str:
-    """One sentence about a difference of losses between two named predictions."""
-    interval = f"95 % interval {difference['low']:+.4f} to {difference['high']:+.4f}"
-    figures = f"{difference['mean']:+.4f} nats per target, {interval}, {difference['cells']} cells"
-    outcome = verdict(difference)
-    link = "from" if outcome == "no different" else "than"
-    return f"{a} is {outcome} {link} {b} ({figures})."
-
-
 def correlation_within_gene(targets: TargetSet, log_mu: np.ndarray, genes_considered: np.ndarray) -> dict[str, Any]:
     """Pearson correlation of log1p(prediction) and log1p(count) across cells within a gene, then averaged.
 
@@ -136,7 +127,7 @@ def _check_numbers(targets: TargetSet, *predictions: np.ndarray) -> None:
             raise TrainingError(
                 f"{len(wrong)} of {len(values)} predictions are not a number (first: context "
                 f"{targets.contexts[first]}, gene {targets.genes[first]}): the model that made them has "
-                "diverged; evaluate an earlier checkpoint, or train again with a lower training.learning_rate"
+                "diverged; train again with a lower training.learning_rate"
             )
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import cast
 
 import httpx2
+from pip._internal.models.index import PyPI  # the default of the user's pip
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from unearth import Link, PackageFinder
@@ -102,7 +103,7 @@ def _sources(settings: Mapping[str, str]) -> list[tuple[str, str]]:
         elif local.exists():
             sources.append(("find_links", str(local.resolve())))
     if settings.get("no-index", "").lower() not in _TRUE:
-        indexes = [settings.get("index-url") or "https://pypi.org/simple"]
+        indexes = [settings.get("index-url") or PyPI.simple_url]
         indexes += settings.get("extra-index-url", "").split()
         sources += [("index", url) for url in indexes]
     return sources

@@ -188,7 +188,8 @@ def _without_version(gene: str) -> str:
 
 
 def _is_expression(var: pd.DataFrame) -> np.ndarray:
+    """10x files mark antibodies and guides so; in other files a column of this name holds biotypes."""
     for column in _TYPE_COLUMNS:
-        if column in var:
+        if column in var and (var[column].astype(str) == "Gene Expression").any():
             return (var[column].astype(str) == "Gene Expression").to_numpy()
     return np.ones(len(var), dtype=bool)

@@ -42,6 +42,8 @@ def join_mesh() -> Iterator[Mesh]:
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
     device = torch.device(device_kind, local_rank) if device_kind == "cuda" else torch.device("cpu")
     if device_kind == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UsageError(f"rank {local_rank} of this machine has no GPU: it has {torch.cuda.device_count()}")
         torch.cuda.set_device(device)
     backend = "nccl" if device_kind == "cuda" else "gloo"
     # DeepSpeed reads these itself, even when the group exists already.

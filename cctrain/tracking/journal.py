@@ -63,10 +63,10 @@ class Journal:
                 os.fsync(self._file.fileno())
         except OSError as error:
             raise TrainingError(
-                f"cannot write the journal {self.path}: {error.strerror}; free or mend the disk, then resume"
+                f"cannot write the journal {self.path}: {error.strerror}; free or mend the disk, then start again"
             ) from error
         if written != len(content):
-            raise TrainingError(f"cannot write the journal {self.path}: the disk is full; free it, then resume")
+            raise TrainingError(f"cannot write the journal {self.path}: the disk is full; free it, then start again")
         self.last_step = int(step)
 
     def close(self) -> None:

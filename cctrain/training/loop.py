@@ -22,7 +22,7 @@ from cctrain.cost.closed_form import step_cost
 from cctrain.data.batches import Batch
 from cctrain.data.loader import Loader, RankStep
 from cctrain.data.order import Order
-from cctrain.errors import TrainingError
+from cctrain.errors import DataError, TrainingError
 from cctrain.model.transformer import Inputs, Transformer
 from cctrain.parallel.mesh import Mesh, gather_rows, sum_over_ranks
 from cctrain.training.engine import set_learning_rate, take_step
@@ -135,6 +135,8 @@ def evaluate_held_out(engine: Any, mesh: Mesh, batches: list[Batch]) -> dict[str
             if start < stop:
                 sums += [float(ours[start:stop].mean()), float(gene_mean[start:stop].mean()), 1.0]
     nll, gene_mean_nll, cells = sum_over_ranks(sums.tolist(), mesh.device)
+    if not cells:
+        raise DataError("no gene of the held-out cells is a target: raise objective.target_rate or evaluation.cells")
     return {
         "nll": nll / cells,
         "gene_mean_nll": gene_mean_nll / cells,

@@ -25,7 +25,7 @@ from cctrain.errors import CctrainError, DataError, UsageError
 from cctrain.model.saved import save_weights
 from cctrain.model.transformer import Transformer, initialize
 from cctrain.parallel.mesh import Mesh, join_mesh
-from cctrain.run_directory import CONFIG, WEIGHTS, write_atomically, write_vocabulary
+from cctrain.run_directory import CONFIG, WEIGHTS, take_run_directory, write_atomically, write_vocabulary
 from cctrain.tracking.journal import Journal
 from cctrain.tracking.projection import LiveProjection, check_uri, default_uri
 from cctrain.training.engine import build_engine, full_weights
@@ -165,6 +165,7 @@ def recorded(run_dir: Path, config: Config, store: TokenStore, mesh: Mesh) -> It
     if not mesh.is_first:
         yield None
         return
+    take_run_directory(run_dir)
     write_atomically(run_dir / CONFIG, to_yaml(config).encode())
     write_vocabulary(run_dir, store.genes.ids.tolist(), store.genes.names.tolist())
     journal = Journal(run_dir)

@@ -173,4 +173,5 @@ def test_a_correlation_that_no_gene_has_targets_for_is_null_and_not_a_number(tar
     result = compare(targets, names, np.zeros(NUM_GENES, dtype=bool), 0)
     assert result["rows"][0]["correlation_within_gene"] is None
     assert json.dumps(result, allow_nan=False)
-    assert "too few targets" in table(result | {"draws": 4})
+    facts = {"draws": 4, "held_out_cells": 4, "training_cells": 9, "neighbours_fitted_on": 9}
+    assert "too few targets" in table(result | facts)

@@ -13,7 +13,6 @@ from cctrain.apply.metrics import (
     nb_log_likelihood,
     nll_per_cell,
     verdict,
-    verdict_in_words,
 )
 from cctrain.apply.targets import TargetSet
 from cctrain.errors import TrainingError
@@ -113,9 +112,6 @@ def test_difference_is_paired_and_repeatable():
 def test_verdict_follows_the_interval(low: float, high: float, expected: str):
     result = {"mean": (low + high) / 2, "low": low, "high": high, "cells": 9}
     assert verdict(result) == expected
-    sentence = verdict_in_words("the model", "the gene mean", result)
-    assert expected in sentence
-    assert "9 cells" in sentence
 
 
 def test_correlation_within_a_gene_is_pearson_of_logarithms(make_targets: MakeTargets):

@@ -126,6 +126,11 @@ def test_antibodies_are_not_taken_for_genes(tmp_path):
     assert np.array_equal(read_all(folder), counts[:, [0, 2]])
 
 
+def test_a_column_of_biotypes_leaves_no_gene_out(tmp_path):
+    folder = write_10x(tmp_path / "run", random_counts(6, 3), types=["protein_coding", "lncRNA", "protein_coding"])
+    assert open_source(folder).gene_ids == gene_ids(3)
+
+
 def test_a_matrix_market_file_that_was_cut_short_is_refused(tmp_path):
     folder = write_10x(tmp_path / "run", random_counts(6, 4))
     lines = (folder / "matrix.mtx").read_text().splitlines()
