@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -145,6 +146,8 @@ def train(
         _log_to_file(run_dir)
         from cctrain.training.train import train
 
+        # A scheduler's SIGTERM ends a run as Ctrl-C does, with a last line in its journal.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         train(loaded)
         return {}, f"next: cctrain evaluate {run_dir}" if _is_first() else ""
 

@@ -66,10 +66,16 @@ class Replay:
         self.held: dict[tuple[str, int], set[int]] = {}  # (event, step) -> times of the lines, milliseconds
 
     def replay(self, *, finished: bool | None = None, progress: Progress | None = None) -> dict[str, Any]:
-        lines, self.offset = read_journal_from(self.run_dir, 0)
+        lines, _ = read_journal_from(self.run_dir, 0)
         identifier = next((line["run"] for line in lines if line["event"] == "start" and "run" in line), None)
         if identifier is None:
             raise no_journal(self.run_dir)
+        self.experiment_id = self._find_experiment()
+        run = self._find_run(identifier) or self._create_run(identifier, lines)
+        self.run_id = run.info.run_id
+        self.held = self._ask_what_arrived(run)
+        # Again, because a training that sends its own steps may have sent some between the two looks.
+        lines, self.offset = read_journal_from(self.run_dir, 0)
         status = "RUNNING" if finished is False else status_of(lines)
         if finished is None:
             finished = status != "RUNNING"
@@ -79,10 +85,6 @@ class Replay:
             for line in (counted if finished else without_steps_to_repeat(counted))
             if line["event"] in MEASURED_EVENTS
         ]
-        self.experiment_id = self._find_experiment()
-        run = self._find_run(identifier) or self._create_run(identifier, lines)
-        self.run_id = run.info.run_id
-        self.held = self._ask_what_arrived(run)
         if self._holds_more_than(measured):
             self._begin_anew(run, identifier, lines)
 

@@ -14,8 +14,7 @@ from cctrain.apply.evaluate import GENE_MEAN, HIDDEN, MODEL, NEIGHBOURS, compare
 from cctrain.apply.targets import TargetSet
 from cctrain.config import load_config
 from cctrain.data.store import TokenStore
-from cctrain.errors import DataError
-from tests.data.conftest import gene_ids, prepared, write_h5ad
+from tests.data.conftest import prepared, write_h5ad
 
 NUM_CELLS, NUM_GENES = 300, 60
 TINY = """
@@ -99,15 +98,6 @@ def test_the_report_is_written_beside_the_run(typed_run, typed_result):
 @pytest.mark.representative
 def test_evaluating_again_gives_the_same_numbers(typed_run, typed_result):
     assert json.dumps(evaluate(typed_run)) == json.dumps(typed_result)
-
-
-@pytest.mark.slow
-@pytest.mark.representative
-def test_a_store_with_another_vocabulary_is_refused(typed_run, tmp_path):
-    source = write_h5ad(tmp_path / "other.h5ad", poisson_cells(0.5)[:20], genes=gene_ids(NUM_GENES, first=900))
-    prepared(tmp_path / "store", source)
-    with pytest.raises(DataError, match="another vocabulary"):
-        evaluate(typed_run, tmp_path / "store")
 
 
 @pytest.mark.slow
