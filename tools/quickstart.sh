@@ -8,7 +8,7 @@ Usage: tools/quickstart.sh [--device auto|cpu|cuda]
 
 Sets .venv up, fetches 1,000 human retina nuclei (13 MB), prepares a token store, trains a small model, and
 compares it with baselines on cells that it never saw. Five to ten minutes on two CPU cores with installation.
-What is there already is not done again: a second call only shows the result. To train anew, move
+What is there already is not made again: a second call only compares again. To train anew, move
 runs/quickstart away.
 TEXT
 }

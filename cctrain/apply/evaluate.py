@@ -24,7 +24,7 @@ from cctrain.apply.baselines import fit_neighbours, gene_mean, poisson_gene_mean
 from cctrain.apply.predict import predict_targets
 from cctrain.apply.targets import Prediction, TargetSet, TrainingCells, permuted_across_cells
 from cctrain.config import Config
-from cctrain.data.contexts import Context, ContextRule, hide_visible, target_probability
+from cctrain.data.contexts import Context, hide_visible, target_probability
 from cctrain.data.hashing import hash64
 from cctrain.data.loader import Loader
 from cctrain.data.store import TokenStore, open_store
@@ -32,6 +32,7 @@ from cctrain.errors import DataError
 from cctrain.model.saved import load_model
 from cctrain.parallel.mesh import find_device_kind
 from cctrain.run_directory import WEIGHTS, open_run, write_atomically
+from cctrain.training.train import context_rule
 
 log = logging.getLogger(__name__)
 
@@ -156,16 +157,16 @@ def held_out_targets(store: TokenStore, config: Config) -> tuple[TargetSet, Any]
         log.info("evaluating a fixed subset of %s held-out cells", f"{len(cells):,}")
     samples = np.repeat(cells, config.evaluation.draws)
     draws = np.tile(np.arange(config.evaluation.draws), len(cells))
-    probability = target_probability(store.genes, config.objective)
+    num_genes = len(store.genes.ids)
 
     def contexts(max_tokens: int) -> Iterator[Context]:
-        rule = ContextRule(config.run.seed, "validation", probability, store.genes.share, max_tokens)
+        rule = context_rule(config, store, "validation", max_tokens)
         loader = Loader(store, rule, 0, 1, 0)
         for start in range(0, len(samples), 64):
             yield from loader.contexts(samples[start : start + 64], draws[start : start + 64])
 
     # Baselines see every visible gene, whatever the model's longest context is.
-    whole = list(contexts(len(probability)))
+    whole = list(contexts(num_genes))
     visible = [np.setdiff1d(np.arange(len(c.genes)), c.targets, assume_unique=True) for c in whole]
     lengths = [len(c.targets) for c in whole]
     targets = TargetSet(
@@ -179,7 +180,7 @@ def held_out_targets(store: TokenStore, config: Config) -> tuple[TargetSet, Any]
         visible_counts=np.concatenate([c.counts[v] for c, v in zip(whole, visible, strict=True)]).astype(np.int64),
         source_of_context=store.source_of_cell[samples],
     )
-    return targets, lambda: contexts(config.data.max_tokens or len(probability))
+    return targets, lambda: contexts(config.data.max_tokens or num_genes)
 
 
 def training_cells(store: TokenStore) -> TrainingCells:

@@ -140,7 +140,7 @@ def _optimizer(model: Transformer, config: Config) -> torch.optim.Optimizer:
         key = (rate(parameter), training.weight_decay if decays else 0.0)
         groups.setdefault(key, []).append(parameter)
     return torch.optim.AdamW(
-        [{"params": members, "rate": rate, "weight_decay": decay} for (rate, decay), members in groups.items()],
+        [{"params": members, "rate": factor, "weight_decay": decay} for (factor, decay), members in groups.items()],
         lr=training.learning_rate,
         betas=(training.beta1, training.beta2),
         eps=training.epsilon,
