@@ -1,9 +1,9 @@
 """The commands. Nothing heavy is imported before a command needs it, so that `--help` answers at once."""
 
+import errno
 import json
 import logging
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -98,18 +98,17 @@ def prepare(
 
 @app.command()
 def inspect(
-    store: Annotated[Path, typer.Argument(metavar="STORE", help="A token store.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A token store, a run directory or a checkpoint.")],
     verify: Annotated[bool, typer.Option("--verify", help="Read and hash everything.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show what a token store holds; --verify names every damaged file."""
+    """Show what a token store, a run or a checkpoint holds; --verify names every damaged file."""
 
     def work() -> Any:
-        from cctrain.data.inspect import describe, inspect_store
+        from cctrain.apply.inspect import inspect
 
-        manifest = inspect_store(store, verify)
-        return manifest, describe(store, manifest, verify)
+        return inspect(path, verify)
 
     _run(work, as_json, debug)
 
@@ -119,39 +118,123 @@ def train(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/cell.yaml.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it.")] = None,
     ranks: Annotated[int | None, typer.Option(help="Local processes. Default: one per GPU, or one.", min=1)] = None,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="Resume with other steps, learning rate or precision than before.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved configuration; train nothing.")
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Train a run; every KEY of the configuration can be changed on the command line."""
+    """Train a run, or resume it if its run directory holds a checkpoint.
+
+    Every KEY of the configuration can be changed on the command line. Ctrl-C saves a checkpoint and leaves; so do
+    SIGTERM, SIGUSR1 and a file `stop` in the run directory. A file `save` there saves and goes on. The same command
+    resumes, on as many ranks as there are then.
+    """
 
     def work() -> Any:
         from cctrain.config import load_config, to_yaml
-        from cctrain.run_directory import claim_run_directory
 
         loaded = load_config(config, overrides)
         if dry_run:
             return {}, to_yaml(loaded)
         run_dir = Path(loaded.run.dir or "")
-        # Every rank asks; the first one writes there only when all have joined, so all get the same answer.
-        claim_run_directory(run_dir)
+        _make_log_folder(run_dir)
         if "RANK" not in os.environ:
             num_ranks = ranks or _default_ranks()
             if num_ranks > 1:
                 from cctrain.launch.local import run_ranks
 
-                arguments = ["train", str(config), *(overrides or []), *(["--debug"] if debug else [])]
+                options = [*(["--accept-changes"] if accept_changes else []), *(["--debug"] if debug else [])]
+                arguments = ["train", str(config), *(overrides or []), *options]
                 raise SystemExit(run_ranks(arguments, num_ranks, run_dir))
         _log_to_file(run_dir)
+        from cctrain.training.guards import read_outcome
         from cctrain.training.train import train
 
-        # A scheduler's SIGTERM ends a run as Ctrl-C does, with a last line in its journal.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        train(loaded)
-        return {}, f"next: cctrain evaluate {run_dir}" if _is_first() else ""
+        exit_code = train(loaded, accept_changes)
+        if not _is_first():
+            pass
+        elif read_outcome(run_dir) == "finished":
+            print(f"next: cctrain evaluate {run_dir}")
+        else:
+            print(f"saved. To resume: cctrain train {run_dir / 'config.yaml'}", file=sys.stderr)
+        raise SystemExit(exit_code)
 
     _run(work, False, debug)
+
+
+@app.command()
+def submit(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/cell.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it.")] = None,
+    profile: Annotated[str, typer.Option(help="A name in launchers/profiles, or a YAML file.")] = "gpu",
+    nodes: Annotated[str | None, typer.Option(help="Nodes: N, or MIN-MAX for as many as are free.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs of each node, one rank for each.", min=1)] = None,
+    ranks_per_node: Annotated[int | None, typer.Option(help="Ranks of each node without GPUs.", min=1)] = None,
+    time: Annotated[str | None, typer.Option(help="Time limit of a job: minutes, HH:MM:SS, D-HH:MM:SS.")] = None,
+    chain: Annotated[
+        int, typer.Option(help="Submit N jobs that follow each other, where requeueing is forbidden.", min=0)
+    ] = 0,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="Resume with other steps, learning rate or precision than before.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the batch script; write and submit nothing.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train a run on Slurm, or resume it; the job goes on after preemption, node failure and its time limit.
+
+    What clusters differ in stands in a profile (launchers/README.md). Configuration, commit and the difference of the
+    working tree are kept in the run directory, with the batch script, which can also be edited and submitted by hand.
+    """
+
+    def work() -> Any:
+        from cctrain.launch.script import Request
+        from cctrain.launch.submit import submit
+
+        request = Request(nodes, gpus_per_node, ranks_per_node, time, chain)
+        result = submit(
+            config,
+            overrides or [],
+            profile,
+            request,
+            accept_changes=accept_changes,
+            dry_run=dry_run,
+            command=["cctrain", *sys.argv[1:]],
+        )
+        if dry_run:
+            return result, result["text"].rstrip("\n")
+        jobs = ", ".join(result["jobs"])
+        return result, f"submitted: job {jobs}, {result['script']}\nnext: cctrain jobs {result['run']}"
+
+    _run(work, as_json, debug)
+
+
+@app.command()
+def jobs(
+    run: Run,
+    cancel: Annotated[bool, typer.Option("--cancel", help="Cancel the jobs; the ranks save first.")] = False,
+    logs: Annotated[bool, typer.Option("--logs", help="Show the ends of the newest logs.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what Slurm is doing with a run, and how far it is."""
+
+    def work() -> Any:
+        from cctrain.launch.jobs import cancel_jobs, describe_jobs, show_jobs, tail_logs
+
+        if cancel:
+            return cancel_jobs(run)
+        if logs:
+            return tail_logs(run)
+        found = describe_jobs(run)
+        return found, show_jobs(found)
+
+    _run(work, as_json, debug)
 
 
 @app.command()
@@ -242,6 +325,13 @@ def ui(
 
 
 def main() -> None:
+    from cctrain.launch.step import adopt_step
+
+    try:
+        adopt_step()
+    except CctrainError as error:
+        print(f"cctrain: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
     app()
 
 
@@ -279,13 +369,26 @@ def _log_to_terminal() -> None:
 
 
 def _log_to_file(run_dir: Path) -> None:
-    """The first rank's log, beside the terminal; the others' standard error is such a file already."""
-    if not _is_first():
+    """The first rank's log, beside the terminal; the others' standard error is such a file already, and under Slurm
+    the first one's, too."""
+    path = run_dir / "logs" / "rank-0000.log"
+    if not _is_first() or (path.exists() and os.path.samestat(os.fstat(2), path.stat())):
         return
-    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(run_dir / "logs" / "rank-0000.log")
+    handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
+
+
+def _make_log_folder(run_dir: Path) -> None:
+    from cctrain.errors import UsageError
+
+    logs = run_dir / "logs"
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+        if not os.access(logs, os.W_OK):
+            raise PermissionError(errno.EROFS, os.strerror(errno.EROFS))
+    except OSError as error:
+        raise UsageError(f"{run_dir} cannot be written ({error.strerror}): choose another run.dir=DIR") from error
 
 
 def _is_first() -> bool:

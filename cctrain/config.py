@@ -87,6 +87,7 @@ class ModelConfig:
     heads: int = fixed("Attention heads; each has width / heads dimensions.", 4)
     latents: int = fixed("Number of learned latents M.", 64)
     latent_width: int | None = fixed("Width of a latent. Default: `model.width`.", None)
+    init_from: str | None = fixed("A run whose weights to start from; genes are matched by id.", None)
 
 
 @dataclass
@@ -110,6 +111,12 @@ class TrainingConfig:
     beta1: float = fixed("AdamW's decay of the first moment.", 0.9)
     beta2: float = fixed("AdamW's decay of the second moment.", 0.98)
     epsilon: float = fixed("AdamW's denominator.", 1e-8)
+    max_skipped: int = free(
+        "Steps in a row that may be skipped because the loss or the gradient is not finite; one more ends the run.", 10
+    )
+    hang_seconds: float = free(
+        "Seconds without progress after which a rank counts as hung: it writes its stacks to its log and ends.", 900.0
+    )
 
 
 @dataclass
@@ -127,6 +134,18 @@ class ParallelConfig:
 @dataclass
 class MemoryConfig:
     checkpointing: bool = free("Recompute each layer's activations in backward instead of keeping them.", False)
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = free("Optimizer steps between checkpoints; 0: only when the run stops or ends.", 500)
+    keep: int = free("The last so many checkpoints are kept.", 3)
+    keep_every: int = free("Checkpoints whose step is a multiple of this are kept for good; 0: none.", 0)
+    keep_best: bool = free(
+        "Also keep the checkpoint with the lowest held-out NLL. Counted are those at whose step one looked: make "
+        "checkpoint.every a multiple of evaluation.every.",
+        True,
+    )
 
 
 @dataclass
@@ -149,6 +168,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     deepspeed: dict[str, Any] = scheduled(
         "Further DeepSpeed keys, passed through; they win over what cctrain derives.", {}
@@ -228,6 +248,9 @@ def check_config(config: Config) -> None:
         "training.learning_rate": config.training.learning_rate,
         "training.epsilon": config.training.epsilon,
         "training.table_rate": config.training.table_rate,
+        "training.max_skipped": config.training.max_skipped,
+        "training.hang_seconds": config.training.hang_seconds,
+        "checkpoint.keep": config.checkpoint.keep,
         "evaluation.cells": config.evaluation.cells,
         "evaluation.draws": config.evaluation.draws,
     }
@@ -239,6 +262,8 @@ def check_config(config: Config) -> None:
         "training.warmup": config.training.warmup,
         "training.weight_decay": config.training.weight_decay,
         "evaluation.every": config.evaluation.every,
+        "checkpoint.every": config.checkpoint.every,
+        "checkpoint.keep_every": config.checkpoint.keep_every,
         "run.seed": config.run.seed,
     }
     for key, value in not_negative.items():

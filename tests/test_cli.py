@@ -16,11 +16,13 @@ import pytest
 import typer
 from safetensors.numpy import load_file
 
+from cctrain.apply.predict import load_model
 from cctrain.cli import app
+from cctrain.config import load_config, to_yaml
 from cctrain.data.store import open_store
-from cctrain.model.saved import load_model
-from cctrain.run_directory import open_run
-from cctrain.tracking.journal import read_journal
+from cctrain.run_directory import open_run, write_vocabulary
+from cctrain.tracking.journal import Journal, read_journal
+from cctrain.training.train import resolve
 from tests.data.conftest import gene_ids, write_10x, write_h5ad
 
 CELL_YAML = Path(__file__).parents[1] / "configs" / "cell.yaml"
@@ -123,6 +125,7 @@ def fail(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # a training sets its own
     handlers = list(logging.getLogger().handlers)
 
     def run(code: int, *arguments: str) -> str:
@@ -171,8 +174,12 @@ def test_help_imports_nothing_heavy_and_every_command_has_its_own(tmp_path):
 def test_a_run_leaves_a_journal_with_every_key_and_weights_that_load(trained):
     lines = read_journal(trained.run)
     look_and_train = ["evaluate", "step", "step", "step"]
-    assert [line["event"] for line in lines] == ["start", *look_and_train, *look_and_train, "evaluate", "stop"]
+    last = ["evaluate", "checkpoint", "stop"]
+    assert [line["event"] for line in lines] == ["start", *look_and_train, *look_and_train, *last]
     assert lines[-1]["status"] == "finished"
+    assert (trained.run / lines[-2]["path"] / "manifest.json").is_file()
+    assert (trained.run / "outcome").read_text() == "finished\n"
+    assert not (trained.run / "lock").exists()
     store = open_store(trained.folder / "mine")
     for number, line in enumerate(steps_of(trained.run), start=1):
         assert line.keys() >= STEP_KEYS
@@ -184,7 +191,7 @@ def test_a_run_leaves_a_journal_with_every_key_and_weights_that_load(trained):
     run = open_run(trained.run)
     weights = load_file(run.path / "weights.safetensors")
     assert {array.dtype for array in weights.values()} == {np.dtype(np.float32)}
-    model = load_model(run.config.model, run.path / "weights.safetensors")
+    model = load_model(run)
     assert sum(p.numel() for p in model.parameters()) + 2 * len(store.genes.ids) == sum(
         a.size for a in weights.values()
     )
@@ -311,17 +318,39 @@ def test_another_store_than_the_digest_names_is_refused(fail, train_arguments):
     assert "another store" in message
 
 
-def test_a_run_directory_that_holds_a_run_is_never_overwritten(fail, train_arguments, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_text("")
-    assert "already holds a run" in fail(2, *train_arguments)
+def begun_run(folder: Path, arguments: tuple[str, ...]) -> Path:
+    """What a training leaves behind that was killed at its first step."""
+    _, config, *overrides = arguments
+    loaded = load_config(Path(config), list(overrides))
+    store = open_store(Path(loaded.data.store))
+    folder.mkdir()
+    (folder / "config.yaml").write_text(to_yaml(resolve(loaded, store)))
+    write_vocabulary(folder, store.genes.ids.tolist(), store.genes.names.tolist())
+    journal = Journal(folder)
+    journal.write("start", 0, run="first")
+    journal.close()
+    return folder
 
 
-def test_a_rank_of_another_launcher_does_not_overwrite_a_run_either(fail, train_arguments, tmp_path, monkeypatch):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_text("")
-    monkeypatch.setenv("RANK", "0")
-    assert "already holds a run" in fail(2, *train_arguments)
+def test_a_run_of_another_configuration_is_not_continued_and_the_differences_are_listed(
+    fail, train_arguments, tmp_path
+):
+    run = begun_run(tmp_path / "run", train_arguments)
+    kept = (run / "config.yaml").read_bytes()
+    changes = ("model.depth=3", "run.seed=7", "training.steps=9", "checkpoint.every=4")
+    message = fail(2, *train_arguments, *changes)
+    assert [line.strip() for line in message.splitlines() if " → " in line] == ["run.seed: 0 → 7", "model.depth: 2 → 3"]
+    assert "run.dir=DIR" in message
+    assert (run / "config.yaml").read_bytes() == kept
+    assert (run / "outcome").read_text() == "failed\n"
+    assert "training.steps: 6 → 9" in fail(2, *train_arguments, *changes[2:])
+
+
+def test_another_store_under_the_same_run_is_refused(fail, train_arguments, tmp_path):
+    begun_run(tmp_path / "run", train_arguments)
+    write_h5ad(tmp_path / "other.h5ad", two_types(seed=4))
+    succeed(tmp_path, "prepare", "other.h5ad", "--out=other", "--min-genes=5", "--min-cells=1")
+    assert "  data.digest: " in fail(2, *train_arguments, f"data.store={tmp_path / 'other'}")
 
 
 def test_fp16_on_a_cpu_is_refused(fail, train_arguments):
@@ -368,26 +397,16 @@ def test_evaluate_needs_a_run(fail, tmp_path):
     assert "is not a run directory" in fail(2, "evaluate", tmp_path)
 
 
-def untrained_run(folder: Path, lab: Lab) -> Path:
-    """What a training leaves behind that was killed at its first step."""
-    from cctrain.config import load_config, to_yaml
-    from cctrain.run_directory import write_vocabulary
-
-    folder.mkdir()
-    config = load_config(CELL_YAML, [f"data.store={lab.folder / 'mine'}", *SMALL])
-    (folder / "config.yaml").write_text(to_yaml(config))
-    write_vocabulary(folder, ["a"], ["a"])
-    return folder
-
-
-def test_evaluate_of_an_unfinished_run_says_that_there_are_no_weights(fail, lab, tmp_path):
-    message = fail(4, "evaluate", untrained_run(tmp_path / "run", lab))
-    assert "weights.safetensors is missing" in message
+@pytest.mark.parametrize("command", ["evaluate", "embed"])
+def test_a_run_that_has_not_saved_yet_has_no_weights(fail, lab, train_arguments, tmp_path, command):
+    run = begun_run(tmp_path / "run", train_arguments)
+    arguments = [lab.folder / "cells.h5ad", f"--out={tmp_path / 'out.h5ad'}"] if command == "embed" else []
+    assert "no weights yet: neither weights.safetensors nor a checkpoint" in fail(4, command, run, *arguments)
 
 
 @pytest.mark.parametrize("command", ["evaluate", "embed"])
-def test_damaged_weights_are_refused(fail, lab, tmp_path, command):
-    run = untrained_run(tmp_path / "run", lab)
+def test_damaged_weights_are_refused(fail, lab, train_arguments, tmp_path, command):
+    run = begun_run(tmp_path / "run", train_arguments)
     (run / "weights.safetensors").write_bytes(b"\x10" + b"\x00" * 40)
     arguments = [lab.folder / "cells.h5ad", f"--out={tmp_path / 'out.h5ad'}"] if command == "embed" else []
     assert "weights.safetensors" in fail(4, command, run, *arguments)

@@ -17,15 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cctrain.apply.predict import load_model
+from cctrain.code_version import code_commit
 from cctrain.config import load_config
 from cctrain.data.loader import Loader
 from cctrain.data.store import open_store
 from cctrain.model.layer import MLP, Read, Write
-from cctrain.model.saved import load_model
-from cctrain.run_directory import WEIGHTS
+from cctrain.run_directory import open_run
 from cctrain.tracking.journal import history, read_journal
 from cctrain.training.loop import to_inputs
-from cctrain.training.train import code_commit, context_rule
+from cctrain.training.train import context_rule
 
 SETTINGS = {
     "model.width": 64,
@@ -94,7 +95,7 @@ def branch_over_stream(run: Path) -> list[list[float]]:
     """For each layer, ‖branch‖ / ‖stream it is added to‖ of read, latent MLP, write and token MLP."""
     config = load_config(run / "config.yaml")
     store = open_store(Path(config.data.store), config.data.digest)
-    model = load_model(config.model, run / WEIGHTS)
+    model = load_model(open_run(run))
     loader = Loader(store, context_rule(config, store, "validation", config.data.max_tokens or 0), 0, 1, 1 << 30)
     cells = np.arange(store.num_train, store.num_train + 16)
     [batch] = loader.batches(cells, np.zeros(len(cells), dtype=np.int64))

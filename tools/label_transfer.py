@@ -24,12 +24,11 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 
-from cctrain.apply.predict import embed_contexts
+from cctrain.apply.predict import embed_contexts, load_model
+from cctrain.code_version import code_commit
 from cctrain.data.contexts import Context, whole_context
 from cctrain.data.store import TokenStore, open_store
-from cctrain.model.saved import load_model
-from cctrain.run_directory import WEIGHTS, TrainedRun, open_run
-from cctrain.training.train import code_commit
+from cctrain.run_directory import TrainedRun, open_run
 
 NEIGHBOURS = 15
 
@@ -71,7 +70,7 @@ def embed_store(run: TrainedRun, store: TokenStore) -> np.ndarray:
             measured = store.measured[store.source_of_cell[row]]
             yield whole_context(row, cell.genes, cell.counts, store.genes.share, measured, most)
 
-    return embed_contexts(load_model(run.config.model, run.path / WEIGHTS), contexts())
+    return embed_contexts(load_model(run), contexts())
 
 
 def principal_components(store: TokenStore, dimensions: int) -> np.ndarray:

@@ -6,10 +6,10 @@ usage() {
   cat <<'TEXT'
 Usage: tools/quickstart.sh [--device auto|cpu|cuda]
 
-Sets .venv up, fetches 1,000 human retina nuclei (13 MB), prepares a token store, trains a small model, and
-compares it with baselines on cells that it never saw. Five to ten minutes on two CPU cores with installation.
-What is there already is not made again: a second call only compares again. To train anew, move
-runs/quickstart away.
+Sets .venv up, fetches 1,000 human retina nuclei (13 MB), prepares a token store, trains a small model, stopping
+once on the way to resume, and compares it with baselines on cells that it never saw. Five to ten minutes on two
+CPU cores with installation. What is there already is not made again: a second call goes on where the first one
+ended. To train anew, move runs/quickstart away.
 TEXT
 }
 
@@ -31,12 +31,23 @@ cctrain fetch retina --out data/retina
 step "3/5 Prepare: token store"
 [[ -f $store/manifest.json ]] || cctrain prepare data/retina/retina.h5ad --out $store
 
-step "4/5 Train: criss-cross attention over whole cells"
-if [[ ! -f $run/weights.safetensors ]]; then
-  # A training that was cut short left no weights; it is kept, out of the way.
-  [[ ! -e $run ]] || mv $run "$run.unfinished-$(date +%s)"
+# Behind the first checkpoint, asks the training to save and leave, as a preempted job is asked.
+stop_once() {
+  until [[ -f $run/checkpoints/latest ]]; do sleep 1; done
+  touch $run/stop
+}
+
+step "4/5 Train: criss-cross attention over whole cells, stopped once and resumed"
+if [[ ! -f $run/checkpoints/latest ]]; then
+  stop_once &
+  watcher=$!
+  trap 'kill $watcher 2>/dev/null || true' EXIT
   cctrain train configs/quickstart.yaml
+  kill $watcher 2>/dev/null || true
+  cctrain inspect $run
 fi
+rm -f $run/stop # a stop that came too late
+cctrain train configs/quickstart.yaml
 
 step "5/5 Evaluate: held-out cells, beside baselines"
 cctrain evaluate $run
@@ -45,14 +56,15 @@ cctrain sync $run || true
 
 cat <<TEXT
 
-Look at the run, its loss and its n·M cost:
+Three commands to go on with. Your own cells (raw counts, .h5ad or a 10x folder), from file to model:
+
+  .venv/bin/cctrain prepare mine.h5ad --out data/mine && .venv/bin/cctrain train configs/cell.yaml data.store=data/mine
+
+The same on Slurm, with these cells; this shows the batch script and submits nothing:
+
+  .venv/bin/cctrain submit configs/cell.yaml data.store=$store --profile gpu --nodes 2 --gpus-per-node 4 --dry-run
+
+The run that you have just trained, its restart, its loss and its n·M cost:
 
   .venv/bin/cctrain ui $run
-
-With your own cells (raw counts, .h5ad or a 10x folder):
-
-  .venv/bin/cctrain prepare mine.h5ad --out data/mine
-  .venv/bin/cctrain train configs/cell.yaml data.store=data/mine run.dir=runs/mine
-  .venv/bin/cctrain evaluate runs/mine
-  .venv/bin/cctrain embed runs/mine mine.h5ad --out mine-embedded.h5ad
 TEXT

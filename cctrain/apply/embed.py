@@ -13,13 +13,12 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from cctrain.apply.predict import embed_contexts
+from cctrain.apply.predict import embed_contexts, load_model
 from cctrain.data.contexts import Context, whole_context
 from cctrain.data.sources import CellBlock, Source, open_source
 from cctrain.errors import DataError
-from cctrain.model.saved import load_model
 from cctrain.parallel.mesh import find_device_kind
-from cctrain.run_directory import WEIGHTS, open_run
+from cctrain.run_directory import open_run
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +37,7 @@ def embed(run_dir: Path, source_path: Path, out: Path, counts: str | None = None
     if not out.parent.is_dir():
         raise DataError(f"there is no folder {out.parent} to write {out.name} to")
     source = open_source(source_path, counts)
-    model = load_model(run.config.model, run.path / WEIGHTS).to(torch.device(find_device_kind()))
+    model = load_model(run).to(torch.device(find_device_kind()))
     share = np.exp(model.log_share.double().cpu().numpy())
     vocabulary = {gene: index for index, gene in enumerate(run.gene_ids)}
     to_vocabulary = np.array([vocabulary.get(gene, -1) for gene in source.gene_ids], dtype=np.int64)

@@ -21,7 +21,7 @@ from rich.progress import track
 
 from cctrain.apply import metrics
 from cctrain.apply.baselines import fit_neighbours, gene_mean, poisson_gene_mean
-from cctrain.apply.predict import predict_targets
+from cctrain.apply.predict import load_model, predict_targets
 from cctrain.apply.targets import Prediction, TargetSet, TrainingCells, permuted_across_cells
 from cctrain.config import Config
 from cctrain.data.contexts import Context, hide_visible, target_probability
@@ -29,9 +29,8 @@ from cctrain.data.hashing import hash64
 from cctrain.data.loader import Loader
 from cctrain.data.store import TokenStore, open_store
 from cctrain.errors import DataError
-from cctrain.model.saved import load_model
 from cctrain.parallel.mesh import find_device_kind
-from cctrain.run_directory import WEIGHTS, open_run, write_atomically
+from cctrain.run_directory import open_run, write_atomically
 from cctrain.training.train import context_rule
 
 log = logging.getLogger(__name__)
@@ -61,7 +60,7 @@ def evaluate(run_dir: Path) -> dict[str, Any]:
     targets, contexts = held_out_targets(store, config)
     if not len(targets.genes):
         raise DataError(f"{store.path}: no gene of its held-out cells is a target: there is nothing to evaluate")
-    model = load_model(config.model, run.path / WEIGHTS).to(torch.device(find_device_kind()))
+    model = load_model(run).to(torch.device(find_device_kind()))
 
     log.info("predicting %s targets of %s held-out cells", f"{len(targets.genes):,}", f"{targets.num_cells:,}")
     ours = predict_targets(model, _progress(contexts(), targets.num_contexts, "predicting"))

@@ -8,10 +8,18 @@ import torch
 from cctrain.apply.targets import Prediction
 from cctrain.data.batches import packs
 from cctrain.data.contexts import Context
+from cctrain.model.saved import model_with_weights
 from cctrain.model.transformer import Inputs, Transformer
+from cctrain.run_directory import TrainedRun
+from cctrain.training.checkpoint_files import run_weights
 from cctrain.training.loop import to_inputs
 
 TOKENS_AT_ONCE = 32_768
+
+
+def load_model(run: TrainedRun) -> Transformer:
+    """A run's model in fp32 on the host: with its final weights, or those of its latest checkpoint."""
+    return model_with_weights(run.config.model, run_weights(run.path), run.path)
 
 
 def predict_targets(model: Transformer, contexts: Iterable[Context]) -> Prediction:

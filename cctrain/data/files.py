@@ -66,17 +66,17 @@ def _replace(out: Path, partial: Path, overwrite: bool) -> None:
         shutil.rmtree(old)
     else:
         partial.rename(out)
-    _sync(out.parent)
+    sync_to_disk(out.parent)
 
 
 def _flush_to_disk(root: Path) -> None:
     for folder, _, files in os.walk(root):
         for name in files:
-            _sync(Path(folder, name))
-        _sync(Path(folder))
+            sync_to_disk(Path(folder, name))
+        sync_to_disk(Path(folder))
 
 
-def _sync(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -157,3 +157,8 @@ def last_of_each_branch(model: Transformer) -> Iterator[nn.Linear]:
             yield module.out
         elif isinstance(module, MLP):
             yield module.down
+
+
+def gene_tables(model: Transformer) -> dict[str, Tensor]:
+    """The parameters with a row per gene, by name."""
+    return {"embedding.gene.weight": model.embedding.gene.weight, "head.log_theta_shift": model.head.log_theta_shift}

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -31,8 +32,11 @@ class Mesh:
 
 
 @contextmanager
-def join_mesh() -> Iterator[Mesh]:
-    """Join the process group (gloo on CPUs, nccl on GPUs) and leave it together with all ranks."""
+def join_mesh(timeout_seconds: float = 1800.0) -> Iterator[Mesh]:
+    """Join the process group (gloo on CPUs, nccl on GPUs) and leave it together with all ranks.
+
+    A collective that takes longer than `timeout_seconds` fails.
+    """
     device_kind = find_device_kind()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device_kind == "cpu":
@@ -49,7 +53,7 @@ def join_mesh() -> Iterator[Mesh]:
     # DeepSpeed reads these itself, even when the group exists already.
     alone = {} if "RANK" in os.environ else {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     if not alone:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
     else:
         os.environ.update(alone)
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -88,6 +92,11 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     return total.tolist()
 
 
+def first_rank_says(flag: bool, mesh: Mesh) -> bool:
+    """The first rank's flag, on all ranks: what each sees of a shared file system may differ for a moment."""
+    return sum_over_ranks([float(flag and mesh.is_first)], mesh.device)[0] > 0
+
+
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     """Rows (k, columns) of all ranks, whose k may differ, in rank order (Σk, columns); int64."""
     lengths = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size())]
@@ -98,3 +107,13 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     gathered = [torch.empty_like(padded) for _ in lengths]
     dist.all_gather(gathered, padded)
     return torch.cat([part[: int(length)] for part, length in zip(gathered, lengths, strict=True)])
+
+
+def agree_on_errors(reason: str | None, mesh: Mesh) -> dict[int, str]:
+    """What went wrong, by rank; the same on all ranks. Empty if no rank gives a reason."""
+    mine = [(mesh.rank, byte) for byte in (reason or "").encode()]
+    rows = gather_rows(torch.tensor(mine, dtype=torch.int64, device=mesh.device).reshape(-1, 2)).tolist()
+    said: dict[int, bytearray] = {}
+    for rank, byte in rows:
+        said.setdefault(rank, bytearray()).append(byte)
+    return {rank: text.decode(errors="replace") for rank, text in said.items()}

@@ -64,6 +64,18 @@ def check_uri(uri: str) -> None:
         raise UsageError(f"tracking.uri={shown} names no host: {instead}")
 
 
+def check_configured_uri(uri: str) -> None:
+    """As `check_uri`, and without credentials: a configuration is copied to where others can read it."""
+    check_uri(uri)
+    if strip_credentials(uri) != uri:
+        raise UsageError(
+            f"tracking.uri={strip_credentials(uri)} was given with a user or a password, which would be written into "
+            "the run directory: take them out. For a server, set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD in the environment; for a database, leave tracking.uri unset and send the run "
+            "with cctrain sync RUN --uri URI afterwards"
+        )
+
+
 def resolve_uri(uri: str) -> str:
     """The same URI, independent of the current directory (`sqlite:///mlflow.db` is relative to it)."""
     path = sqlite_path(uri)

@@ -19,15 +19,17 @@ from omegaconf import OmegaConf
 
 from cctrain.tracking.address import strip_credentials
 from cctrain.tracking.journal import MEASURED_EVENTS, last_attempt
-
-Line = dict[str, Any]
+from cctrain.tracking.restarts import Line, how_it_ended, restarts
 
 STEP_MARKER = "speed/step_seconds"  # every step line has it, and it is finite whatever the loss does
+CHECKPOINT_MARKER = "speed/checkpoint_seconds"
+ATTEMPT_MARKER = "speed/attempt"
 EVALUATE_GROUP = "validation/"
 
 _MAX_PARAMETER = 6000  # MLflow cuts longer values without a word
 _MAX_TAG = 5000
 _STALE_SECONDS = 15 * 60
+_MAX_RESTARTS = 10  # in the description
 _OWN_KEYS = ("event", "attempt", "step", "time")
 _SPEED_KEYS = ("step_seconds", "data_seconds")
 _NOT_ALLOWED = re.compile(r"[^/\w.\- :]")
@@ -35,7 +37,13 @@ _FOOTER = "*Written by cctrain from the run's journal; edit it and remove this l
 
 
 def metrics_of(line: Line) -> dict[str, float]:
-    """The metrics of a `step` or `evaluate` line, by MLflow name, those that are not finite included."""
+    """The metrics of a line, by MLflow name, those that are not finite included; {} for most events."""
+    if not has_points(line):
+        return {}
+    if line["event"] == "attempt":
+        return {ATTEMPT_MARKER: float(line["attempt"])}
+    if line["event"] == "checkpoint":
+        return {CHECKPOINT_MARKER: float(line["seconds"])}
     group = "train/" if line["event"] == "step" else EVALUATE_GROUP
     metrics: dict[str, float] = {}
     for key, value in line.items():
@@ -53,6 +61,11 @@ def metrics_of(line: Line) -> dict[str, float]:
     if line["event"] == "step" and line.get("step_seconds", 0) > 0 and "tokens" in line:
         metrics["speed/tokens_per_second"] = line["tokens"] / line["step_seconds"]
     return metrics
+
+
+def has_points(line: Line) -> bool:
+    """Whether charts show something of a line. `attempt` is no event of the journal: see `attempt_curve`."""
+    return line["event"] in (*MEASURED_EVENTS, "attempt") or (line["event"] == "checkpoint" and "seconds" in line)
 
 
 def milliseconds(line: Line) -> int:
@@ -99,12 +112,15 @@ def tags_of(lines: list[Line], counted: list[Line]) -> dict[str, str]:
     if commit:
         tags["mlflow.source.git.commit"] = str(commit)
     tags["cctrain.attempts"] = str(last_attempt(lines))
+    again = restarts(lines)
+    if again:
+        tags["cctrain.restarts"] = "\n".join(str(restart) for restart in reversed(again))
     checkpoints = [line["step"] for line in lines if line["event"] == "checkpoint"]
     if checkpoints:
         tags["cctrain.last_checkpoint"] = str(checkpoints[-1])
-    skips = [line for line in lines if line["event"] == "skip"]
+    skips = _skipped_steps(lines, counted)
     if skips:
-        tags["cctrain.skipped_steps"] = ", ".join(str(line["step"]) for line in skips)
+        tags["cctrain.skipped_steps"] = ", ".join(map(str, skips))
     not_finite = _not_finite(counted)
     if not_finite:
         tags["cctrain.not_finite"] = not_finite
@@ -123,8 +139,9 @@ def changes_of(first: dict[str, str], parameters: dict[str, str]) -> dict[str, s
 def status_of(lines: list[Line], now: datetime | None = None) -> str:
     """FINISHED, FAILED, KILLED or RUNNING, by the `status` of the latest attempt's stop line.
 
-    Any status other than `finished` and `failed` (an interruption, a preemption) is KILLED. Without a stop
-    line the process is alive or was killed: KILLED once the journal has been silent for 15 minutes.
+    Any other status (`requeue`, `stopped`) is KILLED until the run goes on: MLflow has no word for a run that
+    waits to be started again. Without a stop line the process is alive or was killed: KILLED once the journal
+    has been silent for 15 minutes.
     """
     last = lines[-1]
     if last["event"] == "stop":
@@ -154,6 +171,14 @@ def description_of(lines: list[Line], counted: list[Line], parameters: dict[str,
             f"{name} {value:.4g}" for name, value in metrics_of(looks[-1]).items() if name.startswith(EVALUATE_GROUP)
         ]
         said.append(f"Held-out cells at step {looks[-1]['step']}: {', '.join(figures)}.")
+    again = restarts(lines)
+    if again:
+        shown = "\n".join(f"- {restart}" for restart in reversed(again[-_MAX_RESTARTS:]))
+        earlier = f"\n- and {len(again) - _MAX_RESTARTS} before" if len(again) > _MAX_RESTARTS else ""
+        said.append(f"Restarts, the latest first:\n\n{shown}{earlier}")
+    if lines[-1]["event"] == "stop" and lines[-1].get("status") != "finished":
+        ended = how_it_ended(lines[-1]["attempt"], lines)
+        said.append(f"{ended[0].upper()}{ended[1:]}. The run goes on when it is started again.")
     return "\n\n".join([*said, _FOOTER])
 
 
@@ -171,13 +196,19 @@ def _model_in_words(parameters: dict[str, str]) -> str:
     return f"{kind}: width {get('model.width')}, {get('model.depth')} layers, {get('model.heads')} heads."
 
 
+def _skipped_steps(lines: list[Line], counted: list[Line]) -> list[int]:
+    """Without those that a later attempt repeated and took."""
+    latest = {line["step"]: line["attempt"] for line in counted if line["event"] == "step"}
+    skips = [line for line in lines if line["event"] == "skip"]
+    return sorted({line["step"] for line in skips if line["attempt"] >= latest.get(line["step"], 0)})
+
+
 def _not_finite(counted: list[Line]) -> str:
     places: dict[str, list[str]] = {}
     for line in counted:
-        if line["event"] in MEASURED_EVENTS:
-            for name, value in metrics_of(line).items():
-                if not math.isfinite(value):
-                    places.setdefault(name, []).append(f"{value} at step {line['step']}")
+        for name, value in metrics_of(line).items():
+            if not math.isfinite(value):
+                places.setdefault(name, []).append(f"{value} at step {line['step']}")
     return "; ".join(f"{name}: {', '.join(found)}" for name, found in places.items())
 
 

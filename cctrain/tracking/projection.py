@@ -115,12 +115,16 @@ class LiveProjection:
         while True:
             last = self._closing.is_set()
             try:
-                if projection is None or last:
+                if projection is None:
                     projection = Replay(self._run_dir, self._uri, self._experiment)
                     projection.replay(finished=last)
+                elif last:
+                    projection.replay(finished=True)
                 else:
                     projection.follow()
                 pause = self._every
+                if last and self._warned:
+                    log.info("MLflow has the whole run after all")
             except Exception as error:  # whatever it is, training goes on
                 projection = None  # what arrived is unknown: ask the store next time
                 pause = min(2 * pause, 300.0)

@@ -1,8 +1,9 @@
 """One run in one MLflow store: find it or create it, ask what has arrived, send the rest.
 
-Points are identified by their step and by the time of the journal line that they come from. MLflow cannot
-replace a point, so when it holds points that no longer belong to the history (a crash, then a later attempt
-over the same steps), the run is written anew under a new MLflow run id, and the old one goes to MLflow's
+Points are identified by their step and by the time of the journal line that they come from. A step that a
+later attempt repeated is not sent again when it is the same training (see `restarts`): the MLflow run stays
+the same through any number of restarts. When a repeated step differs, because somebody changed the schedule, the
+run is written anew under a new MLflow run id, since MLflow cannot replace a point; the old one goes to MLflow's
 trash, which `mlflow gc` empties.
 
 Only `MlflowClient` is used, never the process-wide state of the fluent interface, and MLflow is imported
@@ -13,19 +14,24 @@ import importlib
 import json
 import logging
 import os
+import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from math import isfinite
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from cctrain.errors import UsageError
 from cctrain.tracking.address import artifact_folder, check_uri, resolve_uri, sqlite_path, strip_credentials
 from cctrain.tracking.content import (
+    ATTEMPT_MARKER,
+    CHECKPOINT_MARKER,
     EVALUATE_GROUP,
     STEP_MARKER,
-    Line,
     changes_of,
     description_of,
+    has_points,
     is_own_description,
     metrics_of,
     milliseconds,
@@ -35,6 +41,7 @@ from cctrain.tracking.content import (
     without_steps_to_repeat,
 )
 from cctrain.tracking.journal import MEASURED_EVENTS, history, read_journal_from
+from cctrain.tracking.restarts import Line, Signature, attempt_curve, is_same_training, signature
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -42,7 +49,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]  # steps sent, steps to send
+Progress = Callable[[int, int], None]  # lines sent, lines to send
+Place = tuple[str, int, int]  # event, step; and the attempt where each attempt has its own point
 
 _RUN_TAG = "cctrain.run"
 _ARTIFACT_FOLDERS = ("evaluation", "figures")
@@ -63,54 +71,68 @@ class Replay:
         self.experiment_id = ""
         self.run_id = ""
         self.offset = 0
-        self.held: dict[tuple[str, int], set[int]] = {}  # (event, step) -> times of the lines, milliseconds
+        self.held: dict[Place, Signature] = {}
+        self.sent_config = ("", "")  # to which MLflow run, and what
+        self.doubled: Place | None = None  # a point that the store has twice, with different times
 
     def replay(self, *, finished: bool | None = None, progress: Progress | None = None) -> dict[str, Any]:
-        lines, _ = read_journal_from(self.run_dir, 0)
-        identifier = next((line["run"] for line in lines if line["event"] == "start" and "run" in line), None)
-        if identifier is None:
-            raise no_journal(self.run_dir)
-        self.experiment_id = self._find_experiment()
-        run = self._find_run(identifier) or self._create_run(identifier, lines)
-        self.run_id = run.info.run_id
-        self.held = self._ask_what_arrived(run)
-        # Again, because a training that sends its own steps may have sent some between the two looks.
+        """Bring the MLflow run up to the journal; the first call asks the store what it holds."""
+        if not self.run_id:
+            self._open()
+        # Behind it, because a training that sends its own steps may have sent some in the meantime.
         lines, self.offset = read_journal_from(self.run_dir, 0)
         status = "RUNNING" if finished is False else status_of(lines)
         if finished is None:
             finished = status != "RUNNING"
         counted = history(lines)
-        measured = [
-            line
-            for line in (counted if finished else without_steps_to_repeat(counted))
-            if line["event"] in MEASURED_EVENTS
-        ]
-        if self._holds_more_than(measured):
-            self._begin_anew(run, identifier, lines)
+        wanted = _points(lines, counted if finished else without_steps_to_repeat(counted))
+        differing = next((line for line in wanted if self._differs(line)), None)
+        if differing is not None:
+            self._begin_anew(lines, f"attempt {differing['attempt']} trained step {differing['step']} otherwise")
+        elif self.doubled is not None:
+            self._begin_anew(lines, f"two writers sent step {self.doubled[1]}")
 
         self._write_identity()  # a page to open while the first steps are still on their way
-        self._send([line for line in measured if _place(line) not in self.held], progress)
+        self._send([line for line in wanted if _place(line) not in self.held], progress)
         self._describe(lines, counted)
-        self._send_artifacts()
         self._set_status(status, lines)
+        self._send_artifacts()  # last: the end of a training waits only so long for a slow server
         return self._write_identity()
 
     def follow(self) -> None:
         """Send what was appended to the journal since the last call."""
         lines, offset = read_journal_from(self.run_dir, self.offset)
-        measured = [line for line in lines if line["event"] in MEASURED_EVENTS]
-        if any(_place(line) in self.held for line in measured):
+        wanted = [line for line in lines if has_points(line)]
+        if any(self._differs(line) for line in wanted):
             self.replay(finished=False)
             return
-        self._send(measured, None)
+        self._send([line for line in wanted if _place(line) not in self.held], None)
         self.offset = offset
+
+    def _open(self) -> None:
+        lines, _ = read_journal_from(self.run_dir, 0)
+        self.experiment_id = self._find_experiment()
+        run = self._find_run(_identifier(lines, self.run_dir)) or self._create_run(lines)
+        arrived = self._ask_what_arrived(run)
+        self.doubled = next((place for place, times in arrived.items() if len(times) > 1), None)
+        self.held = self._recognize(run, arrived, lines)
+        self.run_id = run.info.run_id
+
+    def _differs(self, line: Line) -> bool:
+        held = self.held.get(_place(line))
+        return held is not None and not is_same_training(held, signature(line))
 
     def _find_experiment(self) -> str:
         found = self.client.get_experiment_by_name(self.experiment)
         if found is None:
             folder = artifact_folder(self.uri, self.run_dir)
             location = None if folder is None else folder.as_uri()
-            return self.client.create_experiment(self.experiment, artifact_location=location, tags=_EXPERIMENT_TAGS)
+            try:
+                return self.client.create_experiment(self.experiment, artifact_location=location, tags=_EXPERIMENT_TAGS)
+            except Exception:  # another run may have created it in this moment
+                found = self.client.get_experiment_by_name(self.experiment)
+                if found is None:
+                    raise
         if found.lifecycle_stage != "active":
             raise UsageError(
                 f"the MLflow experiment {self.experiment} was deleted: restore it there, or choose "
@@ -122,52 +144,80 @@ class Replay:
         return found.experiment_id
 
     def _find_run(self, identifier: str) -> "Run | None":
-        found = self.client.search_runs(
-            [self.experiment_id],
-            f"tags.`{_RUN_TAG}` = '{identifier}'",
-            order_by=["attributes.start_time DESC"],
-        )
-        return found[0] if found else None
+        found = self.client.search_runs([self.experiment_id], f"tags.`{_RUN_TAG}` = '{identifier}'")
+        if not found:
+            return None
+        # A server that is lost while it creates the run may have created it; the next try then made another.
+        first, *others = sorted(found, key=lambda run: (not run.data.metrics, run.info.run_id))
+        for other in others:
+            if not other.data.metrics:
+                self.client.delete_run(other.info.run_id)
+        return first
 
-    def _create_run(self, identifier: str, lines: list[Line], tags: dict[str, str] | None = None) -> "Run":
+    def _create_run(self, lines: list[Line], tags: dict[str, str] | None = None) -> "Run":
         name = {"mlflow.runName": self.run_dir.resolve().name}
         return self.client.create_run(
             self.experiment_id,
             start_time=milliseconds(lines[0]),
-            tags={**name, **(tags or {}), _RUN_TAG: identifier},
+            tags={**name, **(tags or {}), _RUN_TAG: _identifier(lines, self.run_dir)},
         )
 
-    def _begin_anew(self, old: "Run", identifier: str, lines: list[Line]) -> None:
+    def _begin_anew(self, lines: list[Line], reason: str) -> None:
         # The name and the tags that people gave the run move with it.
+        old = self.client.get_run(self.run_id)
         tags = {key: value for key, value in old.data.tags.items() if not key.startswith("cctrain.")}
         tags.setdefault("mlflow.runName", old.info.run_name)
         self.client.delete_run(old.info.run_id)
-        run = self._create_run(identifier, lines, tags)
-        self.run_id, self.held = run.info.run_id, {}
-        log.info("a later attempt replaced steps that MLflow already had: written anew as run %s", self.run_id)
+        self.run_id, self.held, self.doubled = self._create_run(lines, tags).info.run_id, {}, None
+        log.warning(
+            "%s, and MLflow cannot replace a point: the run is written anew as MLflow run %s; the former one, %s, is "
+            "in MLflow's trash",
+            *(reason, self.run_id, old.info.run_id),
+        )
 
-    def _ask_what_arrived(self, run: "Run") -> dict[tuple[str, int], set[int]]:
-        markers = [("step", STEP_MARKER)] if STEP_MARKER in run.data.metrics else []
-        markers += [("evaluate", key) for key in run.data.metrics if key.startswith(EVALUATE_GROUP)]
-        held: dict[tuple[str, int], set[int]] = {}
-        for event, key in markers:
+    def _ask_what_arrived(self, run: "Run") -> dict[Place, set[int]]:
+        """The times, in milliseconds, of the points that the store holds."""
+        markers = {STEP_MARKER: "step", CHECKPOINT_MARKER: "checkpoint", ATTEMPT_MARKER: "attempt"}
+        arrived: dict[Place, set[int]] = {}
+        for key in run.data.metrics:
+            event = "evaluate" if key.startswith(EVALUATE_GROUP) else markers.get(key)
+            if event is None:
+                continue
             for point in self.client.get_metric_history(run.info.run_id, key):
-                held.setdefault((event, point.step), set()).add(point.timestamp)
-        return held
+                place = event, point.step, int(point.value) if event == "attempt" else 0
+                arrived.setdefault(place, set()).add(point.timestamp)
+        return arrived
 
-    def _holds_more_than(self, measured: list[Line]) -> bool:
-        times = {_place(line): {milliseconds(line)} for line in measured}
-        return any(not found <= times.get(place, set()) for place, found in self.held.items())
+    def _recognize(self, run: "Run", arrived: dict[Place, set[int]], lines: list[Line]) -> dict[Place, Signature]:
+        """The signatures of the lines that the points come from.
 
-    def _send(self, measured: list[Line], progress: Progress | None) -> None:
+        The journal has the lines. Of those that were lost with a node, or were written and sent by a training since
+        `lines` were read, the store has the values.
+        """
+        written = {(_place(line), milliseconds(line)): signature(line) for line in lines if has_points(line)}
+        held = {place: written.get((place, min(times))) for place, times in arrived.items()}
+        lost = any(found is None and place[0] in MEASURED_EVENTS for place, found in held.items())
+        rates, losses, nlls = (
+            {point.step: point.value for point in self.client.get_metric_history(run.info.run_id, key)} if lost else {}
+            for key in ("train/learning_rate", "train/loss", "validation/nll")
+        )
+
+        def stored(event: str, step: int) -> Signature:
+            if event == "step":
+                return Signature(None, rates.get(step), losses.get(step))
+            return Signature(None, None, nlls.get(step) if event == "evaluate" else None)
+
+        return {place: found or stored(*place[:2]) for place, found in held.items()}
+
+    def _send(self, wanted: list[Line], progress: Progress | None) -> None:
         sent = 0
-        for batch, num_lines in batches(measured):
+        for batch, num_lines in batches(wanted):
             self.client.log_batch(self.run_id, metrics=batch, synchronous=True)
-            for line in measured[sent : sent + num_lines]:
-                self.held.setdefault(_place(line), set()).add(milliseconds(line))
+            for line in wanted[sent : sent + num_lines]:
+                self.held[_place(line)] = signature(line)
             sent += num_lines
             if progress is not None:
-                progress(sent, len(measured))
+                progress(sent, len(wanted))
 
     def _describe(self, lines: list[Line], counted: list[Line]) -> None:
         from mlflow.entities import Param, RunTag
@@ -189,14 +239,17 @@ class Replay:
     def _send_artifacts(self) -> None:
         config = self.run_dir / "config.yaml"
         if config.is_file():
-            self.client.log_text(self.run_id, strip_credentials(config.read_text(encoding="utf-8")), config.name)
+            text = strip_credentials(config.read_text(encoding="utf-8"))
+            if self.sent_config != (self.run_id, text):
+                self.client.log_text(self.run_id, text, config.name)
+                self.sent_config = self.run_id, text
         for name in _ARTIFACT_FOLDERS:
             folder = self.run_dir / name
             if folder.is_dir() and any(folder.iterdir()):
                 self.client.log_artifacts(self.run_id, str(folder), name)
 
     def _set_status(self, status: str, lines: list[Line]) -> None:
-        if status == "RUNNING":
+        if status in ("RUNNING", "KILLED"):  # an end that a later attempt could not take back is not written
             self.client.update_run(self.run_id, status=status)
         else:
             self.client.set_terminated(self.run_id, status, end_time=milliseconds(lines[-1]))
@@ -218,13 +271,32 @@ class Replay:
 def _connect(uri: str) -> "MlflowClient":
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    # The birth of a database is told in a hundred lines otherwise.
-    for name in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # standard output is the command's
+    # The birth of a database is told in a hundred lines otherwise, and each try to reach a lost server in one.
+    for name, level in (("alembic", "WARNING"), ("mlflow.store.db.utils", "WARNING"), ("urllib3", "ERROR")):
+        logging.getLogger(name).setLevel(level)
     database = sqlite_path(uri)
-    if database is not None:
-        database.parent.mkdir(parents=True, exist_ok=True)
-    return importlib.import_module("mlflow").MlflowClient(tracking_uri=uri)
+    mlflow = importlib.import_module("mlflow")
+    if database is not None and not database.exists():
+        _create_database(database, mlflow)
+    return mlflow.MlflowClient(tracking_uri=uri)
+
+
+def _create_database(database: Path, mlflow: Any) -> None:
+    """It gets its name when it is whole: one whose creation was cut short cannot be opened by MLflow ever again."""
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{database.name}.", dir=database.parent) as folder:
+        made, whole = Path(folder) / "made.db", Path(folder) / "whole.db"
+        mlflow.MlflowClient(tracking_uri=f"sqlite:///{made}")
+        # A copy, because MLflow keeps its connections to the file that it made.
+        with closing(sqlite3.connect(made)) as source, closing(sqlite3.connect(whole)) as target:
+            source.backup(target)
+        try:
+            os.link(whole, database)
+        except FileExistsError:
+            pass  # another run was faster
+        except OSError:  # a file system without hard links
+            whole.replace(database)
 
 
 def batches(measured: list[Line]) -> Iterator[tuple[list[Any], int]]:
@@ -247,8 +319,21 @@ def batches(measured: list[Line]) -> Iterator[tuple[list[Any], int]]:
         yield batch, num_lines
 
 
-def _place(line: Line) -> tuple[str, int]:
-    return line["event"], line["step"]
+def _points(lines: list[Line], counted: list[Line]) -> list[Line]:
+    """The lines to send, one for each place."""
+    found = [line for line in [*counted, *attempt_curve(lines)] if has_points(line)]
+    return list({_place(line): line for line in found}.values())
+
+
+def _place(line: Line) -> Place:
+    return line["event"], line["step"], line["attempt"] if line["event"] == "attempt" else 0
+
+
+def _identifier(lines: list[Line], run_dir: Path) -> str:
+    identifier = next((line["run"] for line in lines if line["event"] == "start" and "run" in line), None)
+    if identifier is None:
+        raise no_journal(run_dir)
+    return identifier
 
 
 def no_journal(run_dir: Path) -> UsageError:

@@ -6,6 +6,7 @@ one is the last, and scales no loss. ZeRO averages gradients over ranks; the los
 
 import io
 import logging
+import math
 import warnings
 from contextlib import redirect_stdout
 from typing import Any
@@ -14,8 +15,9 @@ import torch
 
 from cctrain.config import Config
 from cctrain.errors import UsageError
-from cctrain.model.transformer import Transformer, last_of_each_branch
+from cctrain.model.transformer import Transformer, gene_tables, last_of_each_branch
 from cctrain.parallel.mesh import Mesh
+from cctrain.training.sharded_state import unsharded_masters
 
 log = logging.getLogger(__name__)
 
@@ -70,46 +72,33 @@ def set_learning_rate(engine: Any, value: float) -> None:
         group["lr"] = value * group["rate"]
 
 
-def take_step(engine: Any) -> float | None:
-    """Let the engine step. At an accumulation boundary, the norm of the step's whole gradient before clipping."""
-    norm = None
-    if engine.is_gradient_accumulation_boundary() and isinstance(engine.optimizer, torch.optim.Optimizer):
-        # Without ZeRO, in fp32, DeepSpeed steps the plain optimizer and keeps no norm.
-        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
+def take_step(engine: Any) -> tuple[float | None, bool]:
+    """Let the engine step. Returns the norm of the whole gradient before clipping, and whether a step was taken: it
+    is not where the gradient is not finite. Both mean something at an accumulation boundary only.
+    """
+    if not isinstance(engine.optimizer, torch.optim.Optimizer):
+        engine.step()
+        norm = engine.get_global_grad_norm()
+        return None if norm is None else float(norm), engine.was_step_applied()
+    # Without ZeRO, in fp32, DeepSpeed steps the plain optimizer, keeps no norm and takes NaN as it comes.
+    if not engine.is_gradient_accumulation_boundary():
+        engine.step()
+        return None, False
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm(gradients))
+    if not math.isfinite(norm):
+        for parameter in engine.module.parameters():
+            parameter.grad = None  # AdamW passes over what has no gradient
     engine.step()
-    return norm if norm is not None else engine.get_global_grad_norm()
-
-
-def full_weights(engine: Any) -> dict[str, torch.Tensor]:
-    """Every parameter and buffer in fp32 on the host, by its name in the plain model; all ranks must call this."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    masters = {} if engine.zero_optimization_stage() else {id(h): m for h, m in _unsharded_masters(engine)}
-    weights = {}
-    for name, parameter in engine.module.named_parameters():
-        if engine.zero_optimization_stage():
-            full = safe_get_full_fp32_param(parameter)
-        else:
-            full = masters.get(id(parameter), parameter)
-        weights[name] = full.detach().float().cpu().clone()
-    for name, buffer in engine.module.named_buffers():
-        weights[name] = buffer.detach().cpu().clone()
-    return weights
+    return norm, math.isfinite(norm)
 
 
 def _undo_step_of_zeros(engine: Any) -> None:
     """Without ZeRO, DeepSpeed lets the optimizer of half-precision weights step once, with gradients of zero, to
     make its state: AdamW would count that step, and has decayed the weights."""
-    for half, master in _unsharded_masters(engine):
+    for half, master in unsharded_masters(engine):
         master.data.copy_(half.data)
         engine.optimizer.optimizer.state.pop(master, None)
-
-
-def _unsharded_masters(engine: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Without ZeRO: each half-precision parameter with its fp32 copy in the optimizer; fp32 training has none."""
-    halves, masters = (getattr(engine.optimizer, name, []) for name in ("fp16_groups", "fp32_groups"))
-    return [pair for groups in zip(halves, masters, strict=True) for pair in zip(*groups, strict=True)]
 
 
 def _optimizer(model: Transformer, config: Config) -> torch.optim.Optimizer:
@@ -124,7 +113,7 @@ def _optimizer(model: Transformer, config: Config) -> torch.optim.Optimizer:
     training = config.training
     relative_depth = len(model.layers) / 2
     lasts = {id(last.weight) for last in last_of_each_branch(model)}
-    tables = {id(model.embedding.gene.weight), id(model.head.log_theta_shift)}
+    tables = {id(table) for table in gene_tables(model).values()}
     in_layers = {id(parameter) for parameter in model.layers.parameters()}
 
     def rate(parameter: torch.Tensor) -> float:

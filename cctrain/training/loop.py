@@ -6,11 +6,15 @@ ZeRO averages gradients over the W ranks, so a rank's loss for one micro-batch i
     W · (sum of the losses of its own targets) / (targets in the whole global batch)
 
 The denominator is known before the first backward: every rank has laid out its batches by then.
+
+A step whose loss or gradient is not finite is not taken: its samples count as consumed, and training goes on.
 """
 
 import hashlib
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -22,7 +26,7 @@ from cctrain.cost.closed_form import step_cost
 from cctrain.data.batches import Batch
 from cctrain.data.loader import Loader, RankStep
 from cctrain.data.order import Order
-from cctrain.errors import DataError, TrainingError
+from cctrain.errors import DataError
 from cctrain.model.transformer import Inputs, Transformer
 from cctrain.parallel.mesh import Mesh, gather_rows, sum_over_ranks
 from cctrain.training.engine import set_learning_rate, take_step
@@ -42,48 +46,71 @@ def to_inputs(batch: Batch, device: torch.device) -> Inputs:
     )
 
 
-def run_steps(engine: Any, config: Config, mesh: Mesh, loader: Loader, order: Order) -> Iterator[dict[str, Any]]:
-    """Train all steps; yield each one's journal values, `step` and `samples` among them, on every rank."""
-    steps = loader.training_steps(order, config.data.global_batch, 0, config.training.steps)
-    for step in range(1, config.training.steps + 1):
+@dataclass(frozen=True)
+class StepResult:
+    """What all ranks did together in one step; the same on every rank.
+
+    values are the journal's; position counts the samples consumed by now; samples are the ids of this step;
+    applied is whether a step was taken (not where the loss or the gradient was not finite); requests are the ranks'
+    requests to stop or to save, summed.
+    """
+
+    step: int
+    position: int
+    samples: list[int]
+    applied: bool
+    requests: list[float]
+    values: dict[str, Any]
+
+
+def run_steps(
+    engine: Any,
+    config: Config,
+    mesh: Mesh,
+    loader: Loader,
+    order: Order,
+    after: int = 0,
+    position: int = 0,
+    requests: Callable[[], list[float]] = list,
+) -> Iterator[StepResult]:
+    """Train the steps after step `after`, at which `position` samples had been consumed; yield each one."""
+    steps = loader.training_steps(order, config.data.global_batch, position, config.training.steps - after)
+    for step in range(after + 1, config.training.steps + 1):
         started = time.perf_counter()
         rank_step = next(steps)
         data_seconds = time.perf_counter() - started
-        set_learning_rate(engine, learning_rate(step, config.training))
-        values = train_step(engine, config, mesh, rank_step)
-        values |= {
-            "step": step,
-            "learning_rate": learning_rate(step, config.training),
-            "step_seconds": time.perf_counter() - started,
-            "data_seconds": data_seconds,
-        }
-        loss = values["loss"]
-        yield values
-        if not np.isfinite(loss):
-            raise TrainingError(
-                f"the loss of step {step} is {loss}: lower training.learning_rate "
-                f"(now {config.training.learning_rate}) or lengthen training.warmup"
-            )
+        rate = learning_rate(step, config.training)
+        set_learning_rate(engine, rate)
+        result = train_step(engine, config, mesh, rank_step, step, requests)
+        result.values.update(learning_rate=rate, step_seconds=time.perf_counter() - started, data_seconds=data_seconds)
+        yield result
 
 
-def train_step(engine: Any, config: Config, mesh: Mesh, rank_step: RankStep) -> dict[str, Any]:
-    """One optimizer step over this rank's batches; returns what all ranks did together."""
+def train_step(
+    engine: Any, config: Config, mesh: Mesh, rank_step: RankStep, step: int, requests: Callable[[], list[float]]
+) -> StepResult:
+    """One optimizer step over this rank's batches."""
     engine.train()
     counts = gather_rows(_context_table(rank_step.batches, mesh.device))
     step_targets = int(counts[:, 3].sum())
-    local_loss = 0.0
+    scale = mesh.num_ranks / max(1, step_targets)
+    local_loss = torch.zeros((), dtype=torch.float64, device=mesh.device)
+    norm, applied = None, False
     for index, batch in enumerate(rank_step.batches):
         engine.set_gradient_accumulation_boundary(index == len(rank_step.batches) - 1)
         log_mu, log_theta = engine(to_inputs(batch, mesh.device))
         losses = negative_log_likelihood(torch.from_numpy(batch.target_counts).to(mesh.device), log_mu, log_theta)
-        engine.backward(losses.sum() * (mesh.num_ranks / max(1, step_targets)), scale_wrt_gas=False)
-        norm = take_step(engine)
-        local_loss += float(losses.detach().double().sum())
-    loss = sum_over_ranks([local_loss], mesh.device)[0] / max(1, step_targets)
+        batch_loss = losses.sum()
+        # A loss that is not finite makes the whole gradient so: the engine decides by the gradient, on all ranks alike.
+        engine.backward(batch_loss * torch.where(batch_loss.detach().isfinite(), scale, math.nan), scale_wrt_gas=False)
+        norm, applied = take_step(engine)
+        local_loss += losses.detach().double().sum()
+    # One collective for both: whether to stop is agreed by all ranks at every step, and costs nothing.
+    total, *agreed = sum_over_ranks([float(local_loss), *requests()], mesh.device)
     tokens = counts[:, 2].tolist()
-    return {
-        "loss": loss,
-        "grad_norm": float(norm) if norm is not None else None,
+    values = {
+        "loss": total / max(1, step_targets),
+        "grad_norm": norm,
         "tokens": sum(tokens),
         "contexts": len(counts),
         "targets": step_targets,
@@ -91,6 +118,8 @@ def train_step(engine: Any, config: Config, mesh: Mesh, rank_step: RankStep) -> 
         "samples": samples_digest(counts[:, :2].cpu().numpy()),
         **step_cost(config.model, tokens, step_targets, config.memory.checkpointing),
     }
+    position = rank_step.position + rank_step.num_contexts
+    return StepResult(step, position, counts[:, 1].tolist(), applied, agreed, values)
 
 
 def samples_digest(pairs: np.ndarray) -> str:
@@ -112,15 +141,18 @@ def _context_table(batches: list[Batch], device: torch.device) -> torch.Tensor:
 
 
 @torch.no_grad()
-def evaluate_held_out(engine: Any, mesh: Mesh, batches: list[Batch]) -> dict[str, float]:
+def evaluate_held_out(
+    engine: Any, mesh: Mesh, batches: list[Batch], beat: Callable[[str], None] = lambda doing: None
+) -> dict[str, float]:
     """Held-out NLL per target, averaged within a cell, then over cells, beside the gene mean's on the same targets.
 
-    Every rank calls this with as many batches.
+    Every rank calls this with as many batches; `beat` is called before each.
     """
     engine.eval()
     model: Transformer = engine.module
     sums = np.zeros(3)
     for batch in batches:
+        beat("looking at the held-out cells")
         inputs = to_inputs(batch, mesh.device)
         log_mu, log_theta = engine(inputs)
         if not len(batch.samples):

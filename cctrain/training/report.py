@@ -16,7 +16,6 @@ from cctrain.config import Config
 from cctrain.cost.closed_form import num_parameters, step_cost
 from cctrain.data.loader import Loader
 from cctrain.data.store import TokenStore
-from cctrain.model.transformer import Transformer
 from cctrain.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
@@ -27,7 +26,8 @@ SECONDS_BETWEEN_LINES = 10.0
 class Report:
     """Only the first rank shows anything. On a terminal one line is redrawn; elsewhere a line comes now and then."""
 
-    def __init__(self, config: Config, mesh: Mesh, store: TokenStore, model: Transformer, loader: Loader):
+    def __init__(self, config: Config, mesh: Mesh, store: TokenStore, loader: Loader, after: int = 0):
+        self.after = after
         self.shown = mesh.is_first
         self.num_steps = config.training.steps
         self.difference: float | None = None
@@ -47,7 +47,7 @@ class Report:
             return
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True)) as self.bar:
-            self.task = self.bar.add_task("first step", total=self.num_steps)
+            self.task = self.bar.add_task("first step", total=self.num_steps, completed=self.after)
             yield
 
     def step(self, step: int, values: dict[str, Any]) -> None:
@@ -63,7 +63,7 @@ class Report:
             self.bar.update(self.task, completed=step, description=line)
         elif time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES or step == self.num_steps:
             self.last_line = time.monotonic()
-            log.info("%s · %s left", line, duration(elapsed / step * (self.num_steps - step)))
+            log.info("%s · %s left", line, duration(elapsed / (step - self.after) * (self.num_steps - step)))
 
     def look(self, values: dict[str, float]) -> None:
         self.difference = values["difference"]

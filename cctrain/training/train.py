@@ -1,36 +1,34 @@
-"""One training run from configuration to weights: open, build, train, look, save."""
+"""A run from its configuration to its weights: open, build, resume, train, leave. Control flow; details elsewhere."""
 
-import hashlib
 import logging
-import subprocess
-import time
-import uuid
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from cctrain import __version__
-from cctrain.config import Config, to_yaml
+from cctrain.config import Config
+from cctrain.data.batches import Batch
 from cctrain.data.contexts import ContextRule, target_probability
 from cctrain.data.hashing import hash64
 from cctrain.data.loader import Loader
-from cctrain.data.order import Order
 from cctrain.data.store import TokenStore, open_store
-from cctrain.errors import CctrainError, DataError, UsageError
-from cctrain.model.saved import save_weights
+from cctrain.errors import DataError, TrainingError, UsageError
 from cctrain.model.transformer import Transformer, initialize
-from cctrain.parallel.mesh import Mesh, join_mesh
-from cctrain.run_directory import CONFIG, WEIGHTS, take_run_directory, write_atomically, write_vocabulary
-from cctrain.tracking.journal import Journal
-from cctrain.tracking.projection import LiveProjection, check_uri, default_uri
-from cctrain.training.engine import build_engine, full_weights
-from cctrain.training.loop import evaluate_held_out, run_steps
-from cctrain.training.report import Report
+from cctrain.parallel.mesh import Mesh, agree_on_errors, first_rank_says, join_mesh
+from cctrain.run_directory import WEIGHTS, log_file
+from cctrain.run_lock import hold_run
+from cctrain.tracking.address import check_configured_uri
+from cctrain.training.attempt import FINISHED, Attempt, Start, follow, recorded, tell_ending
+from cctrain.training.checkpoint import load_checkpoint
+from cctrain.training.checkpoint_files import latest_checkpoint, step_of
+from cctrain.training.engine import build_engine
+from cctrain.training.guards import Ending, StopRequests, Watchdog, clear_outcome, record_crashes, write_outcome
+from cctrain.training.initial_weights import start_from
+from cctrain.training.resume import check_changes, check_checkpoints_are_there, read_past
 
 log = logging.getLogger(__name__)
 
@@ -38,64 +36,103 @@ DEFAULT_MICRO_BATCH_TOKENS = 16_384
 LONGEST_QUANTILE = 0.99
 
 
-def train(config: Config) -> None:
-    """Train the run that `config` describes, on as many ranks as the environment says; all ranks call this."""
+def train(config: Config, accept_changes: bool = False) -> int:
+    """Train the run that `config` describes, or resume it if its directory holds a checkpoint.
+
+    All ranks call this, on as many as the environment says. Returns the exit code: 0 when all steps are done or the
+    run was asked to stop, 130 after Ctrl-C; RUN/outcome tells these apart.
+    """
     if config.tracking.uri is not None:
-        check_uri(config.tracking.uri)
+        check_configured_uri(config.tracking.uri)
+    run_dir, patience = Path(config.run.dir or ""), config.training.hang_seconds
+    rank = int(os.environ.get("RANK", "0"))
+    record_crashes(log_file(run_dir, rank))
+    with (
+        StopRequests(run_dir, is_first=rank == 0) as requests,
+        join_mesh(timeout_seconds=patience + 60) as mesh,
+        run_held(run_dir, mesh),  # which may wait for a lease to run out
+        Watchdog(patience, [log_file(run_dir, rank)], rank=rank) as watchdog,
+        ending_told(run_dir, mesh, watchdog),
+    ):
+        return run_attempt(config, accept_changes, mesh, requests, watchdog).exit_code
+
+
+def run_attempt(config: Config, accept_changes: bool, mesh: Mesh, requests: StopRequests, watchdog: Watchdog) -> Ending:
+    """From where the run stands to its last step, or to where it is asked to stop."""
     run_dir = Path(config.run.dir or "")
-    with join_mesh() as mesh:
-        store = open_store(Path(config.data.store), config.data.digest)
-        if store.num_train == 0 or store.num_train == store.num_cells:
-            raise DataError(
-                f"{store.path} has no {'training' if store.num_train == 0 else 'held-out'} cells: prepare again"
-            )
-        config = resolve(config, store)
-        rule = training_rule(config, store)
-        loader = Loader(store, rule, mesh.rank, mesh.num_ranks, config.data.micro_batch_tokens or 0)
-        config.data.micro_batch_tokens = loader.micro_batch_tokens = resolve_micro_batch(config, loader)
-        order = Order(store.num_train, store.digest, config.run.seed, config.data.block, config.data.window)
-        model = build_model(config, store)
-        engine = build_engine(model, config, mesh)
-        held_out = held_out_batches(config, store, loader) if config.evaluation.every else []
-        with recorded(run_dir, config, store, mesh) as journal:
-            report = Report(config, mesh, store, model, loader)
-            with report.progress():
-                follow(engine, config, mesh, loader, order, held_out, journal, report)
-            save_run(engine, run_dir, mesh)
-            if journal is not None:
-                journal.write("stop", config.training.steps, status="finished")
-                log.info("weights: %s", run_dir / WEIGHTS)
+    store = open_store(Path(config.data.store), config.data.digest)
+    if store.num_train == 0 or store.num_train == store.num_cells:
+        raise DataError(
+            f"{store.path} has no {'training' if store.num_train == 0 else 'held-out'} cells: prepare again"
+        )
+    config = resolve(config, store)
+    past = read_past(run_dir)
+    has_begun = past.attempts > 0 or latest_checkpoint(run_dir) is not None
+    if has_begun:
+        check_changes(run_dir, config, accept_changes)
+    check_checkpoints_are_there(run_dir, past)
+    if first_rank_says(is_finished(run_dir, config), mesh):
+        log.info("%s has finished: all %s steps are done", run_dir, f"{config.training.steps:,}")
+        if mesh.is_first:
+            write_outcome(run_dir, FINISHED.outcome)
+        return FINISHED
+
+    loader = Loader(store, training_rule(config, store), mesh.rank, mesh.num_ranks, config.data.micro_batch_tokens or 0)
+    config.data.micro_batch_tokens = loader.micro_batch_tokens = resolve_micro_batch(config, loader)
+    model = build_model(config, store)
+    # Again, now that all defaults are resolved: what the journal says is what differs.
+    changes = check_changes(run_dir, config, accept_changes) if has_begun else []
+    facts = {"changes": [str(change) for change in changes]} if changes else {}
+    if config.model.init_from is not None and latest_checkpoint(run_dir) is None:
+        facts |= start_from(model, store.genes.ids.tolist(), Path(config.model.init_from))
+    watchdog.beat("building the engine")
+    engine = build_engine(model, config, mesh)
+    watchdog.beat("loading the checkpoint")
+    manifest = load_checkpoint(engine, run_dir, mesh)
+    step, position = (0, 0) if manifest is None else (manifest["step"], manifest["position"])
+    start = Start(step, position, past, facts)
+    held_out = held_out_batches(config, store, loader) if config.evaluation.every else []
+    attempt = Attempt(config, run_dir, mesh, store, engine, loader, held_out, requests, watchdog, start)
+    with recorded(attempt) as journal:
+        return follow(attempt, journal)
 
 
-def follow(
-    engine: Any,
-    config: Config,
-    mesh: Mesh,
-    loader: Loader,
-    order: Order,
-    held_out: list,
-    journal: Journal | None,
-    report: "Report",
-) -> None:
-    """Run all steps; write and show each one, and look at the held-out cells when it is time."""
-    every = config.evaluation.every
+def is_finished(run_dir: Path, config: Config) -> bool:
+    latest = latest_checkpoint(run_dir)
+    return latest is not None and step_of(latest) >= config.training.steps and (run_dir / WEIGHTS).is_file()
 
-    def look(step: int) -> None:
-        started = time.perf_counter()
-        values = evaluate_held_out(engine, mesh, held_out)
-        report.look(values)
-        if journal is not None:
-            journal.write("evaluate", step, **values, seconds=time.perf_counter() - started)
 
-    if every:
-        look(0)
-    for values in run_steps(engine, config, mesh, loader, order):
-        step = values.pop("step")
-        report.step(step, values)
-        if journal is not None:
-            journal.write("step", step, **values)
-        if every and (step % every == 0 or step == config.training.steps):
-            look(step)
+@contextmanager
+def run_held(run_dir: Path, mesh: Mesh) -> Iterator[None]:
+    """The first rank holds the run's lock; the others wait until it does, and all raise UsageError if it cannot."""
+    with ExitStack() as stack:
+        refusal = None
+        if mesh.is_first:
+            try:
+                stack.enter_context(hold_run(run_dir))
+            except UsageError as error:
+                refusal = str(error)
+        if said := agree_on_errors(refusal, mesh):
+            raise UsageError(said[0])
+        yield
+
+
+@contextmanager
+def ending_told(run_dir: Path, mesh: Mesh, watchdog: Watchdog) -> Iterator[None]:
+    """RUN/outcome where no attempt could write it: an error or a hang before the first step. What it said before is
+    removed."""
+    if not mesh.is_first:
+        yield
+        return
+    clear_outcome(run_dir)
+    watchdog.last_words = lambda reason: tell_ending(run_dir, TrainingError(reason))
+    try:
+        yield
+    except BaseException as error:
+        tell_ending(run_dir, error)
+        raise
+    finally:
+        watchdog.last_words = None
 
 
 def resolve(config: Config, store: TokenStore) -> Config:
@@ -107,7 +144,10 @@ def resolve(config: Config, store: TokenStore) -> Config:
         digest=store.digest,
         max_tokens=config.data.max_tokens or max(1, longest),
     )
-    return replace(config, data=data)
+    model = config.model
+    if model.init_from is not None:
+        model = replace(model, init_from=str(Path(model.init_from).resolve()))
+    return replace(config, data=data, model=model)
 
 
 def resolve_micro_batch(config: Config, loader: Loader) -> int:
@@ -138,7 +178,7 @@ def build_model(config: Config, store: TokenStore) -> Transformer:
     return model
 
 
-def held_out_batches(config: Config, store: TokenStore, loader: Loader) -> list:
+def held_out_batches(config: Config, store: TokenStore, loader: Loader) -> list[Batch]:
     """This rank's part of the fixed look: `evaluation.cells` held-out cells by hash, each with targets for ever."""
     cells = np.arange(store.num_train, store.num_cells)
     draws = hash64(store.digest, config.run.seed, "held-out subset", cells)
@@ -151,73 +191,3 @@ def held_out_batches(config: Config, store: TokenStore, loader: Loader) -> list:
         loader.micro_batch_tokens,
     )
     return look.batches(chosen, np.zeros(len(chosen), dtype=np.int64))
-
-
-def save_run(engine: Any, run_dir: Path, mesh: Mesh) -> None:
-    weights = full_weights(engine)
-    if mesh.is_first:
-        save_weights(weights, run_dir / WEIGHTS)
-
-
-@contextmanager
-def recorded(run_dir: Path, config: Config, store: TokenStore, mesh: Mesh) -> Iterator[Journal | None]:
-    """The run's directory, journal and MLflow projection, on the first rank; None on the others."""
-    if not mesh.is_first:
-        yield None
-        return
-    take_run_directory(run_dir)
-    write_atomically(run_dir / CONFIG, to_yaml(config).encode())
-    write_vocabulary(run_dir, store.genes.ids.tolist(), store.genes.names.tolist())
-    journal = Journal(run_dir)
-    journal.write("start", 0, **start_facts(config, store, mesh))
-    uri = config.tracking.uri or default_uri(run_dir)
-    projection = LiveProjection(run_dir, uri, config.tracking.experiment) if uri else None
-    if projection is None:
-        log.info("tracking: the journal only; `cctrain sync %s` sends it to MLflow later", run_dir)
-    else:
-        projection.start()
-    try:
-        yield journal
-    except BaseException as error:
-        status = "failed" if isinstance(error, Exception) else "interrupted"
-        reason = str(error) if isinstance(error, CctrainError) else repr(error)
-        journal.write("stop", journal.last_step, status=status, reason=reason)
-        raise
-    finally:
-        journal.close()
-        if projection is not None:
-            projection.close()
-
-
-def start_facts(config: Config, store: TokenStore, mesh: Mesh) -> dict[str, Any]:
-    return {
-        "run": uuid.uuid4().hex,
-        "cctrain": __version__,
-        "torch": torch.__version__,
-        "commit": code_commit(),
-        "store_digest": store.digest,
-        "world_size": mesh.num_ranks,
-        "device": mesh.device.type,
-        "zero_stage": config.parallel.zero_stage,
-        "precision": config.training.precision,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def code_commit() -> str | None:
-    """The commit of the checkout that cctrain runs from, with a digest of what differs; None if there is none."""
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str | None:
-        try:
-            return subprocess.run(
-                ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True, timeout=10
-            ).stdout
-        except (OSError, subprocess.SubprocessError):
-            return None
-
-    commit, changes = git("rev-parse", "HEAD"), git("diff", "HEAD")
-    # An installed cctrain may lie inside somebody else's checkout.
-    if commit is None or git("ls-files", "--error-unmatch", __file__) is None:
-        return None
-    return commit.strip() + (f"+{hashlib.sha256(changes.encode()).hexdigest()[:12]}" if changes else "")

@@ -48,29 +48,31 @@ def database(empty_database: Path, tmp_path: Path) -> str:
 def make_run(tmp_path: Path) -> Callable[..., Path]:
     """Writes `tmp_path/runs/NAME` with the given attempts; called again, adds attempts to the same run."""
 
-    def make(*attempts: Attempt, name: str = "cell", uri: str | None = None) -> Path:
+    def make(*attempts: Attempt, name: str = "cell", uri: str | None = None, rate: float = 1e-3) -> Path:
         run_dir = tmp_path / "runs" / name
         run_dir.mkdir(parents=True, exist_ok=True)
         config = Config()
         config.data.store = "stores/pbmc3k"
-        config.training.steps = max(last for _, last, _ in attempts)
+        config.training.steps = max((last for _, last, _ in attempts), default=100)
         config.tracking.uri = uri
         (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         for attempt in attempts:
-            _write_attempt(run_dir, *attempt)
+            _write_attempt(run_dir, *attempt, rate=rate)
         return run_dir
 
     return make
 
 
 @pytest.fixture
-def write_attempt() -> Callable[[Path, int, int, str | None], None]:
+def write_attempt() -> Callable[..., None]:
     """Appends one attempt to a journal: run directory, first step, last step, status or None for a crash."""
     return _write_attempt
 
 
-def _write_attempt(run_dir: Path, first: int, last: int, status: str | None) -> None:
-    """Lines such as the trainer writes; values depend on the step and slightly on the attempt."""
+def _write_attempt(run_dir: Path, first: int, last: int, status: str | None, rate: float = 1e-3) -> None:
+    """Lines such as the trainer writes; values depend on the step and slightly on the attempt, as they do on
+    another number of ranks.
+    """
     journal = Journal(run_dir)
     shift = 1e-6 * journal.attempt
     journal.write(
@@ -89,7 +91,7 @@ def _write_attempt(run_dir: Path, first: int, last: int, status: str | None) -> 
             "step",
             step,
             loss=0.7 + 1.6 * math.exp(-step / 60) + 0.02 * math.sin(3 * step) + shift,
-            learning_rate=1e-3 * min(step / 100, 1),
+            learning_rate=rate * min(step / 100, 1),
             grad_norm=0.5 + 2 * math.exp(-step / 40) + 0.1 * math.cos(5 * step),
             tokens=16 * n,
             contexts=16,
@@ -110,9 +112,9 @@ def _write_attempt(run_dir: Path, first: int, last: int, status: str | None) -> 
             nll = 0.72 + 1.5 * math.exp(-step / 60) + shift
             journal.write("evaluate", step, nll=nll, gene_mean_nll=0.9, difference=nll - 0.9)
         if step % 50 == 0:
-            journal.write("checkpoint", step, path=f"checkpoints/step-{step:08d}")
+            journal.write("checkpoint", step, path=f"checkpoints/step-{step:08d}", bytes=123456, seconds=0.75)
     if status is not None:
-        journal.write("stop", last, status=status)
+        journal.write("stop", last, status=status, reason="time_limit" if status == "requeue" else None)
     journal.close()
 
 

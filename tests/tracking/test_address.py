@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cctrain.errors import UsageError
-from cctrain.tracking.address import on_network_file_system, resolve_uri, strip_credentials
+from cctrain.tracking.address import check_configured_uri, on_network_file_system, resolve_uri, strip_credentials
 from cctrain.tracking.projection import check_uri, default_uri
 
 
@@ -55,6 +55,18 @@ def test_a_refused_uri_does_not_show_its_password() -> None:
     with pytest.raises(UsageError) as caught:
         check_uri("ftp://ann:s3cret@host/x")
     assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("uri", ["https://ann:s3cret@host/mlflow", "postgresql://host/db?password=s3cret"])
+def test_a_configuration_is_refused_credentials_with_where_to_put_them_instead(uri: str) -> None:
+    with pytest.raises(UsageError, match=r"MLFLOW_TRACKING_PASSWORD.*--uri") as caught:
+        check_configured_uri(uri)
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("uri", ["https://host/mlflow", "postgresql://host/db?sslmode=on", "sqlite:////data/a@b.db"])
+def test_a_configuration_may_name_any_store_without_credentials(uri: str) -> None:
+    check_configured_uri(uri)
 
 
 def test_the_default_is_a_database_beside_the_run_which_need_not_exist_yet(tmp_path: Path) -> None:

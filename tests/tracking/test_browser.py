@@ -14,7 +14,10 @@ _TOOL = Path(__file__).parents[2] / "tools" / "screenshot.py"
 _EVERY_CHART = {
     *(f"train/{name}" for name in ("loss", "learning_rate", "grad_norm", "tokens", "targets", "contexts")),
     *(f"validation/{name}" for name in ("nll", "gene_mean_nll", "difference")),
-    *(f"speed/{name}" for name in ("step_seconds", "data_seconds", "tokens_per_second")),
+    *(
+        f"speed/{name}"
+        for name in ("step_seconds", "data_seconds", "tokens_per_second", "checkpoint_seconds", "attempt")
+    ),
     *(f"cost/{name}" for name in ("n", "M", "n_times_m", "attention_flops", "total_flops", "attention_share")),
 }
 
@@ -22,15 +25,17 @@ _EVERY_CHART = {
 @pytest.mark.slow
 @pytest.mark.browser
 @pytest.mark.representative
-def test_the_page_of_a_run_draws_every_chart(make_run: Callable[..., Path], database: str, tmp_path: Path) -> None:
+def test_the_page_of_a_run_draws_every_chart_and_its_restarts(
+    make_run: Callable[..., Path], database: str, tmp_path: Path
+) -> None:
     if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
         reason = "no Chromium on this machine: apt-get install chromium"
         if os.environ.get("CI") == "true":
             pytest.fail(reason)
         pytest.skip(reason)
-    run_dir = make_run((1, 300, "finished"))
+    run_dir = make_run((1, 130, None), (101, 220, "requeue"), (221, 300, "finished"))
     picture = tmp_path / "page.png"
-    command = [sys.executable, str(_TOOL), str(run_dir), str(picture)]
+    command = [sys.executable, str(_TOOL), str(run_dir), str(picture), "--height=3100"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
     shown = json.loads(done.stdout)

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +32,27 @@ class Case:
 
     name: str
     overrides: tuple[str, ...]
+    save: Path | None = None  # a run directory to save to, after step `save_at`
+    save_at: int = 0
+    verify: bool = False  # compare what was saved with what DeepSpeed's own functions say
+    load: Path | None = None  # a run directory to resume from
+    poison: tuple[int, ...] = ()  # steps in which the last rank meets a count that is NaN
+    omit: tuple[int, ...] = ()  # steps whose batches are passed over
 
 
 @dataclass(frozen=True)
 class Result:
     """`lines` are the journal's values of each step as rank 0 saw them; gradient (of step 1, as the optimizer
     met it) and weights are arrays by parameter name; `contexts` is, for each rank and step, how many contexts
-    each of its micro-batches held; `look` is the final look at held-out cells."""
+    each of its micro-batches held; `look` is the final look at held-out cells; `digests` are of the parameters that
+    each rank ends with."""
 
     lines: list[dict[str, Any]]
     contexts: list[list[list[int]]]
     look: dict[str, float]
     gradient: dict[str, np.ndarray]
     weights: dict[str, np.ndarray]
+    digests: list[str]
 
     @property
     def losses(self) -> np.ndarray:
@@ -80,12 +88,14 @@ def tiny_config(unequal_store: TokenStore, tmp_path_factory: pytest.TempPathFact
     return path
 
 
-def run_cases(cases: list[Case], num_ranks: int, config: Path, store: TokenStore, out: Path) -> dict[str, Result]:
+def run_cases(
+    cases: list[Case], num_ranks: int, config: Path, store: TokenStore, out: Path, timeout: float = 240
+) -> dict[str, Result]:
     """All cases, one after the other, in one start of `num_ranks` real processes."""
     out.mkdir(parents=True)
     plan = out / "plan.json"
-    entries = [{"name": c.name, "overrides": [f"data.store={store.path}", *c.overrides]} for c in cases]
-    plan.write_text(json.dumps({"config": str(config), "cases": entries}))
+    entries = [{**asdict(c), "overrides": [f"data.store={store.path}", *c.overrides]} for c in cases]
+    plan.write_text(json.dumps({"config": str(config), "cases": entries}, default=str))
     port = free_port()
     logs = [out / f"rank-{rank}.log" for rank in range(num_ranks)]
     ranks = []
@@ -96,7 +106,7 @@ def run_cases(cases: list[Case], num_ranks: int, config: Path, store: TokenStore
             command = [sys.executable, str(WORKER), str(plan), str(out)]
             ranks.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
     try:
-        codes = [rank.wait(240) for rank in ranks]
+        codes = [rank.wait(timeout) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
@@ -115,4 +125,5 @@ def _result(out: Path, name: str, num_ranks: int) -> Result:
         look=ranks[0]["look"],
         gradient={key[9:]: value for key, value in found.items() if key.startswith("gradient:")},
         weights={key[8:]: value for key, value in found.items() if key.startswith("weights:")},
+        digests=[rank["digest"] for rank in ranks],
     )

@@ -3,22 +3,28 @@
 python ranks_worker.py PLAN.json OUT     (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT in the environment)
 """
 
+import hashlib
 import json
 import logging
+import math
 import sys
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from cctrain.config import load_config
-from cctrain.data.loader import Loader
+from cctrain.config import Config, load_config
+from cctrain.data.loader import Loader, RankStep
 from cctrain.data.order import Order
 from cctrain.data.store import open_store
 from cctrain.parallel.mesh import Mesh, join_mesh
-from cctrain.training.engine import build_engine, full_weights
-from cctrain.training.loop import evaluate_held_out, run_steps
+from cctrain.training.checkpoint import load_checkpoint, save_checkpoint
+from cctrain.training.checkpoint_files import FragmentReader, read_manifest
+from cctrain.training.engine import build_engine
+from cctrain.training.loop import StepResult, evaluate_held_out, run_steps
 from cctrain.training.train import build_model, held_out_batches, resolve, resolve_micro_batch, training_rule
 
 
@@ -27,27 +33,69 @@ def run_case(case: dict[str, Any], config_path: str, mesh: Mesh, out: Path) -> N
     store = open_store(Path(config.data.store))
     config = resolve(config, store)
     rule = training_rule(config, store)
-    loader = Loader(store, rule, mesh.rank, mesh.num_ranks, 0)
+    loader = PoisonedLoader(store, rule, mesh.rank, mesh.num_ranks, 0)
+    loader.poisoned = case.get("poison", ())
     loader.micro_batch_tokens = config.data.micro_batch_tokens = resolve_micro_batch(config, loader)
     order = Order(store.num_train, store.digest, config.run.seed, config.data.block, config.data.window)
     model = build_model(config, store)
     disturb(model)
     engine = build_engine(model, config, mesh)
-    lines, gradient = [], {}
-    for values in run_steps(engine, config, mesh, loader, order):
-        lines.append(values)
-        if values["step"] == 1:
+    lines, gradient, start = [], {}, {"step": 0, "position": 0}
+    if case.get("load"):
+        start = load_checkpoint(engine, Path(case["load"]), mesh)
+        assert start is not None
+    for result in steps_but(case.get("omit", ()), engine, config, mesh, loader, order, start):
+        lines.append({"step": result.step, "applied": result.applied, **result.values})
+        if result.step == 1 and result.applied:
             gradient = first_gradient(engine, config.training.beta1)
+        if case.get("save") and result.step == case["save_at"]:
+            save_checkpoint(engine, Path(case["save"]), mesh, result.step, {"position": result.position})
+            if case.get("verify"):
+                verify_content(engine, mesh, Path(case["save"]) / "checkpoints" / f"step-{result.step:08d}")
     steps = loader.training_steps(order, config.data.global_batch, 0, config.training.steps)
     contexts = [[len(batch.samples) for batch in step.batches] for step in steps]
     look = evaluate_held_out(engine, mesh, held_out_batches(config, store, loader))
     weights = {name: tensor.numpy() for name, tensor in full_weights(engine).items()}
-    found = {"lines": lines, "contexts": contexts, "look": look}
+    found = {"lines": lines, "contexts": contexts, "look": look, "digest": digest_of_parameters(engine)}
     (out / f"{case['name']}-rank-{mesh.rank}.json").write_text(json.dumps(found))
     if mesh.is_first:
         arrays = {f"weights:{name}": array for name, array in weights.items()}
         arrays |= {f"gradient:{name}": array for name, array in gradient.items()}
         np.savez(out / f"{case['name']}.npz", **arrays)
+
+
+class PoisonedLoader(Loader):
+    """A loader that, in the steps `poisoned`, gives the last rank a count that no store can hold, NaN; in its first
+    batch, which need not be the last of the step."""
+
+    poisoned: tuple[int, ...] = ()
+
+    def training_steps(self, *arguments: Any) -> Iterator[RankStep]:
+        for number, step in enumerate(super().training_steps(*arguments), start=1):
+            if number in self.poisoned and self.rank == self.num_ranks - 1:
+                step.batches[0].target_counts[0] = math.nan
+            yield step
+
+
+def steps_but(
+    omitted: tuple[int, ...], engine: Any, config: Config, mesh: Mesh, loader: Loader, order: Order, start: dict
+) -> Iterator[StepResult]:
+    """All steps but those `omitted`, whose batches are consumed and never shown to the model."""
+    step, position = start["step"], start["position"]
+    for end in (*omitted, config.training.steps + 1):
+        for result in islice(run_steps(engine, config, mesh, loader, order, step, position), end - step - 1):
+            yield result
+            position = result.position
+        step, position = end, position + len(order.batch(position, config.data.global_batch))
+
+
+def digest_of_parameters(engine: Any) -> str:
+    """SHA-256 of what this rank computes with; at stage 3, where it holds parts, of what all gather."""
+    whole = full_weights(engine) if engine.zero_optimization_stage() == 3 else engine.module.state_dict()
+    digest = hashlib.sha256()
+    for name in sorted(whole):
+        digest.update(whole[name].detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def disturb(model: torch.nn.Module) -> None:
@@ -60,7 +108,20 @@ def disturb(model: torch.nn.Module) -> None:
 
 def first_gradient(engine: Any, beta1: float) -> dict[str, np.ndarray]:
     """What AdamW received in step 1: its first moment started at zero, so it is (1 − β₁) times the gradient."""
-    from deepspeed.utils import safe_get_full_optimizer_state
+    return {
+        name: moment.double().cpu().numpy() / (1 - beta1) for name, moment in whole_state(engine, "exp_avg").items()
+    }
+
+
+def full_weights(engine: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.cpu() for name, tensor in whole_state(engine, "master").items()} | {
+        name: buffer.cpu() for name, buffer in engine.module.named_buffers()
+    }
+
+
+def whole_state(engine: Any, kind: str) -> dict[str, torch.Tensor]:
+    """What DeepSpeed's own functions say of every parameter, fp32."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     optimizer = engine.optimizer
     if hasattr(optimizer, "_hp_optimizer_states_linked"):
@@ -69,11 +130,27 @@ def first_gradient(engine: Any, beta1: float) -> dict[str, np.ndarray]:
         optimizer._lazy_init_hp_params_optimizer_state()
     found = {}
     for name, parameter in engine.module.named_parameters():
-        moment = safe_get_full_optimizer_state(parameter, "exp_avg")
-        if moment is None:
-            moment = optimizer.state[master_of(optimizer, parameter)]["exp_avg"]
-        found[name] = moment.double().cpu().numpy() / (1 - beta1)
+        if kind == "master":
+            whole = safe_get_full_fp32_param(parameter)
+        else:
+            whole = safe_get_full_optimizer_state(parameter, kind)
+        if whole is None:
+            master = master_of(optimizer, parameter)
+            state = getattr(optimizer, "optimizer", optimizer).state
+            whole = master if kind == "master" else state[master][kind]
+        found[name] = whole.detach().float().clone()
     return found
+
+
+def verify_content(engine: Any, mesh: Mesh, checkpoint: Path) -> None:
+    """The checkpoint holds, of every parameter, what DeepSpeed says."""
+    manifest = read_manifest(checkpoint)
+    reader = FragmentReader(checkpoint, manifest)
+    for kind in manifest["kinds"]:
+        for name, whole in whole_state(engine, kind).items():
+            if mesh.is_first:
+                saved = reader.read_whole(kind, name, list(whole.shape))
+                assert torch.equal(saved, whole.cpu()), (kind, name)
 
 
 def master_of(optimizer: Any, parameter: torch.nn.Parameter) -> torch.Tensor:
