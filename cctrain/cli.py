@@ -371,7 +371,9 @@ def _log_to_terminal() -> None:
 def _log_to_file(run_dir: Path) -> None:
     """The first rank's log, beside the terminal; the others' standard error is such a file already, and under Slurm
     the first one's, too."""
-    path = run_dir / "logs" / "rank-0000.log"
+    from cctrain.run_directory import log_file
+
+    path = log_file(run_dir, 0)
     if not _is_first() or (path.exists() and os.path.samestat(os.fstat(2), path.stat())):
         return
     handler = logging.FileHandler(path)

@@ -17,6 +17,7 @@ from cctrain.config import Config, load_config
 from cctrain.errors import CheckpointError, UsageError
 
 CONFIG, VOCABULARY, WEIGHTS = "config.yaml", "vocabulary.json", "weights.safetensors"
+CHECKPOINTS, LATEST = "checkpoints", "latest"  # the file `latest` in there names the one to resume from
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from cctrain.config import load_config, to_yaml
 from cctrain.data.store import open_store
 from cctrain.run_directory import open_run, write_vocabulary
 from cctrain.tracking.journal import Journal, read_journal
+from cctrain.training.guards import read_outcome, write_outcome
 from cctrain.training.train import resolve
 from tests.data.conftest import gene_ids, write_10x, write_h5ad
 
@@ -344,6 +345,14 @@ def test_a_run_of_another_configuration_is_not_continued_and_the_differences_are
     assert (run / "config.yaml").read_bytes() == kept
     assert (run / "outcome").read_text() == "failed\n"
     assert "training.steps: 6 → 9" in fail(2, *train_arguments, *changes[2:])
+
+
+@pytest.mark.parametrize(("override", "code"), [("training.steps=9", 2), ("data.digest=feed", 3)])
+def test_a_refused_start_leaves_the_outcome_of_the_attempt_before(fail, train_arguments, tmp_path, override, code):
+    run = begun_run(tmp_path / "run", train_arguments)
+    write_outcome(run, "finished")
+    fail(code, *train_arguments, override)
+    assert read_outcome(run) == "finished"
 
 
 def test_another_store_under_the_same_run_is_refused(fail, train_arguments, tmp_path):

@@ -1,30 +1,26 @@
 """What goes wrong while a run trains or resumes: the exit code, the message, and that nothing is lost by it.
 
-Real processes on real file systems. A disturbance is a few lines that a rank runs as it starts, where nothing in
-the world outside could make it meet the fault at a given step.
+Real processes on real file systems, disturbed from within (see `Trainer.start`) where nothing in the world outside
+could make a rank meet the fault at a given step.
 """
 
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from cctrain.data.store import TokenStore
-from cctrain.launch.local import free_port, rank_environment
 from cctrain.tracking.journal import history, read_journal
 from cctrain.training.checkpoint_files import find_checkpoints, latest_checkpoint
+from tests.trainer import Trainer, ended, rank_processes, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
@@ -38,91 +34,13 @@ checkpoint: {{every: {SAVED_EVERY}, keep: 10}}
 """
 MEASURED = ("loss", "grad_norm", "learning_rate", "samples", "tokens", "targets", "contexts", "nll", "difference")
 
-# What disturbances have in common. What DeepSpeed imports when it makes an engine is imported beforehand, so that a
-# short training.hang_seconds is not spent on that.
-HEAD = """
-import math, os, time
-from pathlib import Path
-import deepspeed.runtime.zero.muon.muon_optimizer
-from cctrain.training import checkpoint, loop
-rank, train_step, loss = int(os.environ["RANK"]), loop.train_step, loop.negative_log_likelihood
-
-def before_step(deed):
-    def step(engine, config, mesh, rank_step, number, requests):
-        loop.negative_log_likelihood = loss
-        deed(number, rank_step)
-        return train_step(engine, config, mesh, rank_step, number, requests)
-    loop.train_step = step
-
-def poison_count(rank_step):
-    rank_step.batches[0].target_counts[0] = math.nan
-
-def poison_gradient():
-    def finite_loss(counts, log_mu, log_theta):
-        if log_mu.requires_grad:
-            log_mu.register_hook(lambda gradient: gradient * math.nan)
-        return loss(counts, log_mu, log_theta)
-    loop.negative_log_likelihood = finite_loss
-"""
-
-
-@dataclass(frozen=True)
-class Trainer:
-    """Starts `cctrain train` for runs that differ in nothing but their folder, unless overrides say so."""
-
-    config: Path
-    store: TokenStore
-    folder: Path
-    started: list[subprocess.Popen]
-
-    def start(self, run_dir: Path, *arguments: str, ranks: int = 1, disturbance: str = "") -> subprocess.Popen:
-        """In a process group of its own; as under Slurm, where the journal alone is written."""
-        environment = {**os.environ, "SLURM_JOB_ID": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-            environment.pop(name, None)
-        if ranks == 1:
-            environment |= rank_environment(0, 1, free_port())
-        if disturbance:
-            patch = self.folder / f"disturbance-{len(self.started)}"
-            patch.mkdir()
-            lines = "\n".join(f"    {line}" for line in (HEAD + disturbance).splitlines())
-            (patch / "sitecustomize.py").write_text(f"import os\nif 'RANK' in os.environ:\n{lines}\n")
-            environment["PYTHONPATH"] = os.pathsep.join([str(patch), environment.get("PYTHONPATH", "")])
-        command = [sys.executable, "-m", "cctrain", "train", str(self.config), f"run.dir={run_dir}", *arguments]
-        process = subprocess.Popen(
-            [*command, f"data.store={self.store.path}", *([f"--ranks={ranks}"] if ranks > 1 else [])],
-            env=environment,
-            cwd=Path(__file__).parents[1],
-            start_new_session=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.started.append(process)
-        return process
-
-    def run(self, run_dir: Path, code: int, *arguments: str, ranks: int = 1, disturbance: str = "") -> str:
-        """To its end, with this exit code; returns what it said on standard error, which is never a traceback."""
-        return ended(self.start(run_dir, *arguments, ranks=ranks, disturbance=disturbance), code)
-
-
-def ended(process: subprocess.Popen, code: int, timeout: float = 240) -> str:
-    said = process.communicate(timeout=timeout)[1]
-    assert process.returncode == code, said
-    assert "Traceback" not in said, said
-    return said
-
 
 @pytest.fixture(scope="module")
 def trainer(tiny_store: TokenStore, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
     folder = tmp_path_factory.mktemp("faults")
     (folder / "small.yaml").write_text(CONFIG)
-    trainer = Trainer(folder / "small.yaml", tiny_store, folder, [])
-    yield trainer
-    for process in trainer.started:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    with Trainer(folder / "small.yaml", tiny_store, folder) as trainer:
+        yield trainer
 
 
 @pytest.fixture(scope="module")
@@ -210,20 +128,6 @@ def flip_a_byte(path: Path) -> None:
     path.write_bytes(content)
 
 
-def wait_until(holds: Callable[[], bool], process: subprocess.Popen, timeout: float = 120) -> None:
-    deadline = time.monotonic() + timeout
-    while not holds():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def processes_of(launcher: subprocess.Popen) -> dict[int, psutil.Process]:
-    """The ranks, by number."""
-    children = psutil.Process(launcher.pid).children()
-    return {int(child.environ()["RANK"]): child for child in children if "RANK" in child.environ()}
-
-
 # Steps that are not finite
 
 
@@ -237,7 +141,7 @@ def deed(number, rank_step):
         poison_gradient()
 before_step(deed)
 """
-    said = trainer.run(tmp_path, 0, ranks=2, disturbance=disturbance)
+    said = trainer.run(tmp_path, 0, "--ranks=2", disturbance=disturbance)
     assert "step 3 was skipped: its loss is not finite" in said
     assert "step 6 was skipped: its gradient is not finite" in said
     lines = read_journal(tmp_path)
@@ -282,16 +186,18 @@ before_step(deed)
 @pytest.mark.representative
 def test_a_rank_asleep_ends_the_run_in_time_with_the_stacks_of_every_rank(trainer, tmp_path):
     seconds = 15
+    # What DeepSpeed imports when it makes an engine is imported beforehand: the seconds are not for that.
     disturbance = """
+import deepspeed.runtime.zero.muon.muon_optimizer
 def fall_asleep(number, rank_step):
     if number == 5 and rank == 1:
         time.sleep(1000)
 before_step(fall_asleep)
 """
-    process = trainer.start(tmp_path, f"training.hang_seconds={seconds}", ranks=2, disturbance=disturbance)
+    process = trainer.start(tmp_path, f"training.hang_seconds={seconds}", "--ranks=2", disturbance=disturbance)
     wait_until(lambda: [line["step"] for line in events(tmp_path, "checkpoint")] == [2, 4], process)
     started = time.monotonic()
-    ranks = processes_of(process)
+    ranks = rank_processes(process)
     said = ended(process, 5)
     took = time.monotonic() - started
     assert seconds - 5 < took < seconds + 15, said
@@ -309,9 +215,9 @@ before_step(fall_asleep)
 
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.representative)])
 def test_a_rank_that_is_killed_ends_all_within_seconds(trainer, tmp_path, victim):
-    process = trainer.start(tmp_path, "training.steps=1000000", "checkpoint.every=0", ranks=2)
+    process = trainer.start(tmp_path, "training.steps=1000000", "checkpoint.every=0", "--ranks=2")
     wait_until(lambda: len(events(tmp_path, "step")) > 5, process)
-    ranks = processes_of(process)
+    ranks = rank_processes(process)
     assert ranks.keys() == {0, 1}
     started = time.monotonic()
     ranks[victim].kill()
@@ -345,7 +251,7 @@ def test_a_full_disk_ends_the_run_with_4_and_the_checkpoint_before_is_used(
     size = sum(file.stat().st_size for file in (run_dir / "checkpoints" / "step-00000004").iterdir())
     ballast = fill(small_disk, leave=size * 3 // 4)
     disturbance = "checkpoint.ROOM_TO_SPARE = -(2**30)"
-    said = trainer.run(run_dir, 4, ranks=2, disturbance=disturbance)
+    said = trainer.run(run_dir, 4, "--ranks=2", disturbance=disturbance)
     assert "the checkpoint of step 6 could not be written" in said
     assert "No space left on device" in said
     assert re.search(r"\(rank [01]\)", said)
@@ -437,8 +343,8 @@ def test_a_read_only_run_directory_ends_with_2_and_can_still_be_inspected(traine
     (tmp_path / "frozen").mkdir()
     with mounted(tmp_path / "frozen", "--bind", "-o", "ro", str(tmp_path)):
         frozen = tmp_path / "frozen" / "run"
-        for folder, ranks in ((frozen, 1), (frozen, 2), (tmp_path / "frozen" / "new", 1)):
-            said = trainer.run(folder, 2, ranks=ranks)
+        for folder, *ranks in ((frozen,), (frozen, "--ranks=2"), (tmp_path / "frozen" / "new",)):
+            said = trainer.run(folder, 2, *ranks)
             assert f"{folder} cannot be written (Read-only file system): choose another run.dir=DIR" in said
         assert f"run {frozen}, every checkpoint verified" in cctrain("inspect", str(frozen), "--verify", code=0)
     assert (run_dir / "metrics.jsonl").read_bytes() == before
@@ -456,7 +362,7 @@ before_step(wait)
     first = trainer.start(run_dir, disturbance=disturbance)
     wait_until(lambda: len(events(run_dir, "checkpoint")) == 2, first)
     before = checkpoint_content(run_dir)
-    said = trainer.run(run_dir, 2, ranks=2)
+    said = trainer.run(run_dir, 2, "--ranks=2")
     assert f"another training holds {run_dir}: process {first.pid} on " in said
     assert (
         f"Wait for its end, make it save and leave with `touch {run_dir / 'stop'}`, or choose another run.dir" in said

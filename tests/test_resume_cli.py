@@ -8,10 +8,8 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,18 +17,17 @@ from typing import Any
 
 import anndata
 import numpy as np
-import psutil
 import pytest
 
 from cctrain.cli import app
 from cctrain.config import load_config
 from cctrain.data.quality import QualityControl
-from cctrain.data.store import TokenStore
 from cctrain.model.saved import load_weights
 from cctrain.tracking.journal import history, read_journal
 from cctrain.training.checkpoint_files import find_checkpoints, latest_checkpoint, read_weights, run_weights, step_of
 from cctrain.training.guards import read_outcome
 from tests.data.conftest import prepared, write_h5ad
+from tests.trainer import Trainer, rank_processes, wait_until
 from tests.training.conftest import unequal_counts
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
@@ -47,20 +44,6 @@ checkpoint: {{every: 0}}
 ON_TWO = ("--ranks=2", f"training.steps={STEPS_OF_TWO}", "training.precision=bf16", "parallel.zero_stage=1")
 # What a run that was never disturbed may differ in from one that was.
 TIMINGS = {"time", "attempt", "step_seconds", "data_seconds", "seconds"}
-
-# Makes one step of a training last: step and seconds are in the environment.
-LONG_STEP = """
-import os
-if "LONG_STEP" in os.environ:
-    import time
-    from cctrain.training import loop
-    long_step, seconds, train_step = int(os.environ["LONG_STEP"]), float(os.environ["SECONDS"]), loop.train_step
-    def last(engine, config, mesh, rank_step, step, requests):
-        if step == long_step:
-            time.sleep(seconds)
-        return train_step(engine, config, mesh, rank_step, step, requests)
-    loop.train_step = last
-"""
 
 
 @dataclass(frozen=True)
@@ -79,61 +62,34 @@ class Ended:
         return [line for line in self.lines if line["event"] == event]
 
 
-class Trainer:
-    """Starts `cctrain train` of one configuration, in a process group of its own as a terminal does."""
+def attempt(
+    trainer: Trainer,
+    run_dir: Path,
+    *arguments: str,
+    disturb: Callable[[subprocess.Popen, "Watch"], None] | None = None,
+    **options: Any,
+) -> Ended:
+    """One attempt from its start to its end, disturbed on its way; returns what it left."""
+    num_before = len(read_journal(run_dir))
+    process = trainer.start(run_dir, *arguments, **options)
+    if disturb is not None:
+        disturb(process, Watch(process, run_dir, num_before))
+    out, err = process.communicate(timeout=240)
+    latest = latest_checkpoint(run_dir)
+    return Ended(
+        process.returncode,
+        out,
+        err,
+        read_journal(run_dir)[num_before:],
+        read_outcome(run_dir),
+        None if latest is None else step_of(latest),
+        (run_dir / "stop").exists() or (run_dir / "save").exists(),
+    )
 
-    def __init__(self, folder: Path, store: TokenStore) -> None:
-        self.folder, self.store = folder, store
-        self.config = folder / "mine.yaml"
-        self.config.write_text(f"{CONFIG}\n")
-        self.started: list[subprocess.Popen] = []
-        (folder / "patch").mkdir()
-        (folder / "patch" / "sitecustomize.py").write_text(LONG_STEP)
 
-    def start(self, run_dir: Path, *arguments: str, config: Path | None = None, **environment: str) -> subprocess.Popen:
-        # As under Slurm, where the journal alone is written.
-        inherited = {
-            name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "RANK", "WORLD"))
-        }
-        ours = {"SLURM_JOB_ID": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
-        if environment:
-            ours["PYTHONPATH"] = str(self.folder / "patch")
-        given = [str(self.config), f"data.store={self.store.path}", f"run.dir={run_dir}"]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "cctrain", "train", *([str(config)] if config else given), *arguments],
-            env={**inherited, **ours},
-            cwd=Path(__file__).parents[1],
-            start_new_session=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.started.append(process)
-        return process
-
-    def attempt(
-        self,
-        run_dir: Path,
-        *arguments: str,
-        disturb: Callable[[subprocess.Popen, "Watch"], None] | None = None,
-        **options: Any,
-    ) -> Ended:
-        """One attempt from its start to its end, disturbed on its way; returns what it left."""
-        num_before = len(read_journal(run_dir))
-        process = self.start(run_dir, *arguments, **options)
-        if disturb is not None:
-            disturb(process, Watch(process, run_dir, num_before))
-        out, err = process.communicate(timeout=240)
-        latest = latest_checkpoint(run_dir)
-        return Ended(
-            process.returncode,
-            out,
-            err,
-            read_journal(run_dir)[num_before:],
-            read_outcome(run_dir),
-            None if latest is None else step_of(latest),
-            (run_dir / "stop").exists() or (run_dir / "save").exists(),
-        )
+def long_step(number: int, seconds: float) -> str:
+    """A disturbance: this step takes so long."""
+    return f"before_step(lambda step, rank_step: time.sleep({seconds} if step == {number} else 0))"
 
 
 @dataclass(frozen=True)
@@ -146,11 +102,7 @@ class Watch:
 
     def until(self, holds: Callable[[list[dict[str, Any]]], bool]) -> None:
         """Waits until the lines of this attempt are as wanted."""
-        deadline = time.monotonic() + 180
-        while not holds(read_journal(self.run_dir)[self.num_before :]):
-            assert self.process.poll() is None, self.process.communicate()[1]
-            assert time.monotonic() < deadline, "the training did not get there"
-            time.sleep(0.02)
+        wait_until(lambda: holds(read_journal(self.run_dir)[self.num_before :]), self.process)
 
     def steps(self, number: int) -> None:
         self.until(lambda lines: sum(line["event"] == "step" for line in lines) >= number)
@@ -187,26 +139,23 @@ def save_then_ctrl_c(process: subprocess.Popen, watch: Watch) -> None:
 
 def terminate_rank_1(process: subprocess.Popen, watch: Watch) -> None:
     watch.steps(3)
-    [rank] = [child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1"]
-    rank.terminate()
+    rank_processes(process)[1].terminate()
 
 
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
     folder = tmp_path_factory.mktemp("resume")
     source = write_h5ad(folder / "cells.h5ad", unequal_counts())
-    trainer = Trainer(folder, prepared(folder / "store", source, quality=QualityControl(min_genes=1, min_cells=1)))
-    yield trainer
-    for process in trainer.started:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    store = prepared(folder / "store", source, quality=QualityControl(min_genes=1, min_cells=1))
+    (folder / "mine.yaml").write_text(CONFIG)
+    with Trainer(folder / "mine.yaml", store, folder) as trainer:
+        yield trainer
 
 
 @pytest.fixture(scope="module")
 def undisturbed(trainer: Trainer) -> Path:
     run_dir = trainer.folder / "undisturbed"
-    assert trainer.attempt(run_dir).code == 0
+    assert attempt(trainer, run_dir).code == 0
     return run_dir
 
 
@@ -217,14 +166,14 @@ def disturbed(trainer: Trainer) -> tuple[Path, dict[str, Ended]]:
     Beside it, `requeued` is a copy of the run as it was when it had its first checkpoint.
     """
     run_dir = trainer.folder / "disturbed"
-    ended = {"SIGKILL": trainer.attempt(run_dir, disturb=send(signal.SIGKILL))}
-    ended["SIGTERM"] = trainer.attempt(run_dir, disturb=send(signal.SIGTERM))
+    ended = {"SIGKILL": attempt(trainer, run_dir, disturb=send(signal.SIGKILL))}
+    ended["SIGTERM"] = attempt(trainer, run_dir, disturb=send(signal.SIGTERM))
     shutil.copytree(run_dir, trainer.folder / "requeued")
-    ended["SIGUSR1"] = trainer.attempt(run_dir, disturb=send(signal.SIGUSR1))
-    ended["stop"] = trainer.attempt(run_dir, disturb=touch_stop)
-    ended["Ctrl-C"] = trainer.attempt(run_dir, disturb=save_then_ctrl_c)
-    ended["end"] = trainer.attempt(run_dir, config=run_dir / "config.yaml")
-    ended["again"] = trainer.attempt(run_dir)
+    ended["SIGUSR1"] = attempt(trainer, run_dir, disturb=send(signal.SIGUSR1))
+    ended["stop"] = attempt(trainer, run_dir, disturb=touch_stop)
+    ended["Ctrl-C"] = attempt(trainer, run_dir, disturb=save_then_ctrl_c)
+    ended["end"] = attempt(trainer, run_dir, config=run_dir / "config.yaml")
+    ended["again"] = attempt(trainer, run_dir)
     return run_dir, ended
 
 
@@ -344,11 +293,11 @@ def test_a_second_ctrl_c_leaves_at_once_and_a_stop_before_the_first_step_saves_i
             os.killpg(process.pid, signal.SIGINT)
         process.wait(30)  # the step lasts longer
 
-    first = trainer.attempt(run_dir, disturb=terminate, LONG_STEP="1", SECONDS="5")
+    first = attempt(trainer, run_dir, disturb=terminate, disturbance=long_step(1, 5))
     assert_left(first, run_dir, 0, "requeue", "terminated")
     assert first.latest == 1
 
-    second = trainer.attempt(run_dir, disturb=press_ctrl_c_twice, LONG_STEP="2", SECONDS="100")
+    second = attempt(trainer, run_dir, disturb=press_ctrl_c_twice, disturbance=long_step(2, 100))
     assert (second.code, second.outcome, second.latest) == (130, "stopped", 1)
     assert [line["event"] for line in second.lines] == ["start", "stop"]
     assert second.lines[-1]["status"] == "stopped"
@@ -363,13 +312,13 @@ def test_more_steps_are_refused_unless_accepted_and_then_trained(trainer, undist
     run_dir = trainer.folder / "longer"
     shutil.copytree(undisturbed, run_dir)
     more = f"training.steps={STEPS + 5}"
-    refused = trainer.attempt(run_dir, more)
-    assert (refused.code, refused.outcome, refused.lines) == (2, "failed", [])
+    refused = attempt(trainer, run_dir, more)
+    assert (refused.code, refused.outcome, refused.lines) == (2, "finished", [])
     assert f"training.steps: {STEPS} → {STEPS + 5}" in refused.err
     assert "--accept-changes" in refused.err
     assert (run_dir / "weights.safetensors").is_file()
 
-    accepted = trainer.attempt(run_dir, more, "--accept-changes")
+    accepted = attempt(trainer, run_dir, more, "--accept-changes")
     assert (accepted.code, accepted.outcome) == (0, "finished"), accepted.err
     assert [line["step"] for line in accepted.of("step")] == list(range(STEPS + 1, STEPS + 6))
     assert accepted.of("start")[0]["changes"] == [
@@ -387,18 +336,18 @@ def test_more_steps_are_refused_unless_accepted_and_then_trained(trainer, undist
 @pytest.fixture(scope="module")
 def undisturbed_two(trainer: Trainer) -> Path:
     run_dir = trainer.folder / "undisturbed-two"
-    assert trainer.attempt(run_dir, *ON_TWO).code == 0
+    assert attempt(trainer, run_dir, *ON_TWO).code == 0
     return run_dir
 
 
 @pytest.fixture(scope="module")
 def disturbed_two(trainer: Trainer) -> tuple[Path, dict[str, Ended]]:
     run_dir = trainer.folder / "disturbed-two"
-    ended = {"SIGTERM": trainer.attempt(run_dir, *ON_TWO, disturb=send(signal.SIGTERM))}
+    ended = {"SIGTERM": attempt(trainer, run_dir, *ON_TWO, disturb=send(signal.SIGTERM))}
     shutil.copytree(run_dir, trainer.folder / "requeued-two")
-    ended["one rank"] = trainer.attempt(run_dir, *ON_TWO, disturb=terminate_rank_1)
-    ended["Ctrl-C"] = trainer.attempt(run_dir, *ON_TWO, disturb=press_ctrl_c)
-    ended["end"] = trainer.attempt(run_dir, *ON_TWO)
+    ended["one rank"] = attempt(trainer, run_dir, *ON_TWO, disturb=terminate_rank_1)
+    ended["Ctrl-C"] = attempt(trainer, run_dir, *ON_TWO, disturb=press_ctrl_c)
+    ended["end"] = attempt(trainer, run_dir, *ON_TWO)
     return run_dir, ended
 
 
@@ -441,14 +390,14 @@ def assert_next_steps_agree(ended: Ended, undisturbed: Path, num_ranks: int, zer
 def test_a_run_of_one_rank_goes_on_with_two_and_at_another_stage(trainer, requeued, undisturbed):
     run_dir = trainer.folder / "on-two"
     shutil.copytree(requeued, run_dir)
-    ended = trainer.attempt(run_dir, "--ranks=2", "parallel.zero_stage=3", disturb=stop_after_22)
+    ended = attempt(trainer, run_dir, "--ranks=2", "parallel.zero_stage=3", disturb=stop_after_22)
     assert_next_steps_agree(ended, undisturbed, num_ranks=2, zero_stage=3, tolerance=1e-5)
 
 
 def test_a_run_of_two_ranks_goes_on_with_one_and_at_another_stage(trainer, disturbed_two, undisturbed_two):
     run_dir = trainer.folder / "on-one"
     shutil.copytree(trainer.folder / "requeued-two", run_dir)
-    ended = trainer.attempt(run_dir, *ON_TWO[1:-1], "parallel.zero_stage=0", disturb=stop_after_22)
+    ended = attempt(trainer, run_dir, *ON_TWO[1:-1], "parallel.zero_stage=0", disturb=stop_after_22)
     assert_next_steps_agree(ended, undisturbed_two, num_ranks=1, zero_stage=0, tolerance=1e-2)
 
 
@@ -503,7 +452,7 @@ def test_a_run_that_started_from_another_resumes_without_it(trainer, requeued):
     source, run_dir = trainer.folder / "source", trainer.folder / "from-source"
     shutil.copytree(requeued, source)
     still = ("training.learning_rate=1e-12", "training.weight_decay=0", "evaluation.every=0")
-    first = trainer.attempt(run_dir, f"model.init_from={source}", *still, "training.steps=2")
+    first = attempt(trainer, run_dir, f"model.init_from={source}", *still, "training.steps=2")
     assert first.code == 0, first.err
     [start] = first.of("start")
     num_genes = len(trainer.store.genes.ids)
@@ -514,7 +463,7 @@ def test_a_run_that_started_from_another_resumes_without_it(trainer, requeued):
         np.testing.assert_allclose(tensor, theirs[name], rtol=0, atol=1e-9)
 
     shutil.rmtree(source)
-    second = trainer.attempt(run_dir, f"model.init_from={source}", *still, "training.steps=3", "--accept-changes")
+    second = attempt(trainer, run_dir, f"model.init_from={source}", *still, "training.steps=3", "--accept-changes")
     assert second.code == 0, second.err
     [start] = second.of("start")
     assert start["step"] == 2

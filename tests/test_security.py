@@ -22,20 +22,9 @@ from cctrain.tracking.journal import Journal, read_journal
 from cctrain.tracking.projection import sync
 from cctrain.tracking.ui import Page, find_page, running_server
 from cctrain.training.resume import read_past
+from tests.trainer import CELL_YAML, SMALL
 
 SECRET = "s3cret-of-ann"
-CELL_YAML = Path(__file__).parents[1] / "configs" / "cell.yaml"
-SMALL = (
-    "model.width=16",
-    "model.depth=1",
-    "model.heads=2",
-    "model.latents=4",
-    "data.global_batch=8",
-    "training.steps=2",
-    "training.warmup=1",
-    "training.precision=fp32",
-    "evaluation.every=0",
-)
 
 
 def _cctrain(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -38,8 +38,9 @@ import psutil
 
 from cctrain.code_version import code_commit
 from cctrain.errors import CheckpointError
+from cctrain.run_directory import CHECKPOINTS
 from cctrain.tracking.journal import history, read_journal
-from cctrain.training.checkpoint_files import FOLDER, damaged_files, read_manifest
+from cctrain.training.checkpoint_files import damaged_files, read_manifest
 from cctrain.training.guards import read_outcome
 from tools.chaos_attempt import (
     BEFORE_FIRST,
@@ -292,7 +293,7 @@ def wait_for_moment(attempt: Attempt, kill: Kill, usual: Undisturbed) -> dict[st
     if until(attempt, lambda: last_step(attempt) >= kill.step) is None:
         return None
     found = find_processes(attempt)  # now, for it takes longer than some moments last
-    folder = attempt.run_dir / FOLDER
+    folder = attempt.run_dir / CHECKPOINTS
     seen = latest_text(folder)
     delay = 0.0
     if kill.moment == "step":
@@ -342,7 +343,7 @@ def strike(attempt: Attempt, kill: Kill, kind: Kind, processes: dict[str, psutil
     outcome = read_outcome(attempt.run_dir)
     if outcome is not None and (outcome != "finished" or phase in (BEFORE_FIRST, BETWEEN)):
         raise Fault(f"{what}: the outcome says {outcome!r}:\n{tail(attempt)}")
-    for path in sorted((attempt.run_dir / FOLDER).glob("step-*")):
+    for path in sorted((attempt.run_dir / CHECKPOINTS).glob("step-*")):
         try:
             damage = damaged_files(path, read_manifest(path))
         except CheckpointError as error:

@@ -17,9 +17,9 @@ import numpy as np
 import psutil
 import scipy.sparse
 
-from cctrain.run_directory import WEIGHTS, log_file
+from cctrain.run_directory import CHECKPOINTS, LATEST, WEIGHTS, log_file
 from cctrain.tracking.journal import JOURNAL_NAME, MEASURED_EVENTS, last_attempt, read_journal, read_journal_from
-from cctrain.training.checkpoint_files import FOLDER, LATEST, file_digest, latest_checkpoint, step_of
+from cctrain.training.checkpoint_files import file_digest, latest_checkpoint, step_of
 
 NUM_RANKS = 2
 NUM_CELLS, NUM_GENES = 60, 150
@@ -152,7 +152,7 @@ def is_alive(process: psutil.Process) -> bool:
 
 def phase_of(attempt: Attempt, last: int) -> str:
     """Where the attempt was, from what is on the disk; `last` is the last step of the training."""
-    folder, lines, step = attempt.run_dir / FOLDER, lines_of(attempt), last_step(attempt)
+    folder, lines, step = attempt.run_dir / CHECKPOINTS, lines_of(attempt), last_step(attempt)
     if not lines:
         return START_UP
     latest, newest = latest_step(attempt.run_dir), max(map(step_of, folder.glob("step-*")), default=0)

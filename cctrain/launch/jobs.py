@@ -6,8 +6,9 @@ from typing import Any
 from cctrain.config import load_config
 from cctrain.errors import UsageError
 from cctrain.launch.submissions import ask_slurm, is_over, jobs_of, read_submissions, slurm
-from cctrain.run_directory import CONFIG
+from cctrain.run_directory import CHECKPOINTS, CONFIG, LATEST
 from cctrain.tracking.journal import history, read_journal
+from cctrain.training.guards import read_outcome
 
 TAIL_LINES, MOST_RANKS = 15, 8
 
@@ -27,8 +28,8 @@ def describe_jobs(run_dir: Path) -> dict[str, Any]:
         "forgotten": [number for number in jobs_of(submissions) if number not in {job["job"] for job in jobs}],
         "step": max((line["step"] for line in history(read_journal(run_dir)) if line["event"] == "step"), default=0),
         "steps": _steps(run_dir, submissions),
-        "checkpoint": _read_word(run_dir / "checkpoints" / "latest"),
-        "outcome": _read_word(run_dir / "outcome"),
+        "checkpoint": _latest_name(run_dir),
+        "outcome": read_outcome(run_dir),
         "resume": submissions[-1]["command"],
     }
 
@@ -97,9 +98,9 @@ def _steps(run_dir: Path, submissions: list[dict[str, Any]]) -> int:
     return load_config(path if path.is_file() else Path(submissions[-1]["script"]).with_name(CONFIG)).training.steps
 
 
-def _read_word(path: Path) -> str | None:
+def _latest_name(run_dir: Path) -> str | None:
     try:
-        return path.read_text(encoding="utf-8").strip() or None
+        return (run_dir / CHECKPOINTS / LATEST).read_text(encoding="utf-8").strip() or None
     except (OSError, UnicodeDecodeError):
         return None
 

@@ -22,11 +22,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from cctrain.run_directory import log_file
+from cctrain.training.guards import SECONDS_OF_ONE_REQUEST
+
 SECONDS_TO_LEAVE = 2.0
 SECONDS_TO_FOLLOW = 20.0
 SECONDS_FOR_STACKS = 0.5
-# Ctrl-C that a wrapper passes on as well is one Ctrl-C.
-SECONDS_OF_ONE_REQUEST = 0.5
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGTSTP)
 INTERRUPTED = 130
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -38,15 +39,15 @@ def run_ranks(arguments: list[str], num_ranks: int, run_dir: Path) -> int:
     Returns their common exit code, that of the rank that failed (5 if a signal ended it), or 128 + the number of
     the signal that ended them before they could save. Call it from the main thread.
     """
-    logs = run_dir / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    old_lengths = [_length(_log_of(logs, rank)) for rank in range(num_ranks)]
+    logs = [log_file(run_dir, rank) for rank in range(num_ranks)]
+    logs[0].parent.mkdir(parents=True, exist_ok=True)
+    old_lengths = [_length(log) for log in logs]
     port = free_port()
     ranks: list[subprocess.Popen] = []
     with _noted_signals() as signals:
         try:
-            for rank in range(num_ranks):
-                ranks.append(_start(arguments, rank_environment(rank, num_ranks, port), _log_of(logs, rank)))
+            for rank, log in enumerate(logs):
+                ranks.append(_start(arguments, rank_environment(rank, num_ranks, port), log))
             return _wait(ranks, signals, logs, old_lengths)
         finally:
             _kill(ranks)
@@ -118,7 +119,7 @@ def _noted_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _wait(ranks: list[subprocess.Popen], signals: list[int], logs: Path, old_lengths: list[int]) -> int:
+def _wait(ranks: list[subprocess.Popen], signals: list[int], logs: list[Path], old_lengths: list[int]) -> int:
     passed_on: dict[int, float] = {}
     left_since = None
     while True:
@@ -155,15 +156,14 @@ def _pause(ranks: list[subprocess.Popen]) -> None:
 
 
 def _report(
-    first: list[int | None], then: list[int | None], passed_on: set[int], logs: Path, old_lengths: list[int]
+    first: list[int | None], then: list[int | None], passed_on: set[int], logs: list[Path], old_lengths: list[int]
 ) -> int:
     """Show which rank failed, with what its log got from this attempt; returns the exit code."""
     rank, code = _culprit(first, then)
     if -code in passed_on:
         return 128 - code  # our own signal came before the rank was ready for it
     if rank or code < 0:
-        log = _log_of(logs, rank)
-        tail = []
+        log, tail = logs[rank], []
         if log.exists():
             tail = log.read_bytes()[old_lengths[rank] :].decode(errors="replace").splitlines()[-15:]
         heading = f"rank {rank} ended with {_describe(code)}"
@@ -212,10 +212,6 @@ def _kill(ranks: list[subprocess.Popen]) -> None:
     for process in alive:
         process.kill()
         process.wait()
-
-
-def _log_of(logs: Path, rank: int) -> Path:
-    return logs / f"rank-{rank:04d}.log"
 
 
 def _length(path: Path) -> int:

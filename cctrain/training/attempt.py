@@ -22,11 +22,11 @@ from cctrain.data.store import TokenStore
 from cctrain.errors import CctrainError, TrainingError
 from cctrain.model.saved import save_weights
 from cctrain.parallel.mesh import Mesh, first_rank_says
-from cctrain.run_directory import CONFIG, WEIGHTS, write_atomically, write_vocabulary
+from cctrain.run_directory import CHECKPOINTS, CONFIG, WEIGHTS, write_atomically, write_vocabulary
 from cctrain.tracking.journal import Journal
 from cctrain.tracking.projection import LiveProjection, default_uri
 from cctrain.training.checkpoint import save_checkpoint
-from cctrain.training.checkpoint_files import FOLDER, checkpoint_name, discard_leftovers, prune, read_weights
+from cctrain.training.checkpoint_files import checkpoint_name, discard_leftovers, prune, read_weights
 from cctrain.training.guards import ENDINGS, Ending, SkippedSteps, StopRequests, Watchdog, read_outcome, write_outcome
 from cctrain.training.loop import StepResult, evaluate_held_out, run_steps
 from cctrain.training.report import Report
@@ -111,7 +111,8 @@ def follow(attempt: Attempt, journal: Journal | None) -> Ending:
                 break
     if attempt.mesh.is_first:
         if ending is FINISHED:
-            save_weights(read_weights(attempt.run_dir / FOLDER / checkpoint_name(saved)), attempt.run_dir / WEIGHTS)
+            last = attempt.run_dir / CHECKPOINTS / checkpoint_name(saved)
+            save_weights(read_weights(last), attempt.run_dir / WEIGHTS)
             log.info("weights: %s", attempt.run_dir / WEIGHTS)
         if journal is not None:
             journal.write("stop", saved, status=ending.outcome, reason=reason)

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 
 from cctrain.errors import CheckpointError
 from cctrain.parallel.mesh import Mesh, agree_on_errors, gather_rows
+from cctrain.run_directory import CHECKPOINTS
 from cctrain.training.checkpoint_files import (
-    FOLDER,
     FORMAT,
     FragmentReader,
     checkpoint_name,
@@ -97,7 +97,7 @@ def save_checkpoint(engine: Any, run_dir: Path, mesh: Mesh, step: int, facts: di
             reason = f"{error.strerror}: {error.filename}"
     _all_or_none(reason, mesh, run_dir, step)
     return {
-        "path": f"{FOLDER}/{checkpoint_name(step)}",
+        "path": f"{CHECKPOINTS}/{checkpoint_name(step)}",
         "bytes": sum(entry["bytes"] for entry in files),
         "seconds": time.perf_counter() - started,
     }

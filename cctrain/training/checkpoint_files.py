@@ -26,12 +26,11 @@ from torch import Tensor
 from cctrain.data.files import sync_to_disk
 from cctrain.errors import CheckpointError
 from cctrain.model.saved import load_weights
-from cctrain.run_directory import WEIGHTS, write_atomically
+from cctrain.run_directory import CHECKPOINTS, LATEST, WEIGHTS, write_atomically
 
 log = logging.getLogger(__name__)
 
-FOLDER, LATEST, MANIFEST = "checkpoints", "latest", "manifest.json"
-FORMAT = 1
+MANIFEST, FORMAT = "manifest.json", 1
 
 
 def checkpoint_name(step: int) -> str:
@@ -44,7 +43,7 @@ def step_of(path: Path) -> int:
 
 def find_checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoints, by step."""
-    found = (Path(run_dir) / FOLDER).glob("step-" + "[0-9]" * 8)
+    found = (Path(run_dir) / CHECKPOINTS).glob("step-" + "[0-9]" * 8)
     return sorted(path for path in found if (path / MANIFEST).is_file())
 
 
@@ -56,7 +55,7 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
 
 def _named_by_latest(run_dir: Path) -> str | None:
     try:
-        return (Path(run_dir) / FOLDER / LATEST).read_text(encoding="utf-8", errors="replace").strip()
+        return (Path(run_dir) / CHECKPOINTS / LATEST).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return None
 
@@ -71,7 +70,7 @@ def checkpoints_to_try(run_dir: Path) -> list[Path]:
 
 def incomplete_checkpoints(run_dir: Path) -> list[str]:
     """What should be a checkpoint and is none: a folder without its manifest, a name in `latest` without a folder."""
-    folder, found = Path(run_dir) / FOLDER, {path.name for path in find_checkpoints(run_dir)}
+    folder, found = Path(run_dir) / CHECKPOINTS, {path.name for path in find_checkpoints(run_dir)}
     there = {path.name for path in folder.glob("step-" + "[0-9]" * 8)}
     said = [f"{folder / name} has no {MANIFEST}" for name in sorted(there - found)]
     named = _named_by_latest(run_dir)
@@ -199,12 +198,12 @@ def run_weights(run_dir: Path) -> dict[str, Tensor]:
 
 
 def partial_folder(run_dir: Path, step: int) -> Path:
-    return Path(run_dir) / FOLDER / f".{checkpoint_name(step)}.partial"
+    return Path(run_dir) / CHECKPOINTS / f".{checkpoint_name(step)}.partial"
 
 
-def publish(run_dir: Path, step: int) -> Path:
+def publish(run_dir: Path, step: int) -> None:
     """Give a complete partial folder its name, then move `latest` to it; a checkpoint of that name is replaced."""
-    partial, final = partial_folder(run_dir, step), Path(run_dir) / FOLDER / checkpoint_name(step)
+    partial, final = partial_folder(run_dir, step), Path(run_dir) / CHECKPOINTS / checkpoint_name(step)
     sync_to_disk(partial)
     if final.exists():
         _discard(final)
@@ -212,33 +211,31 @@ def publish(run_dir: Path, step: int) -> Path:
     sync_to_disk(final.parent)
     write_atomically(final.parent / LATEST, f"{final.name}\n".encode())
     sync_to_disk(final.parent)
-    return final
 
 
 def discard_leftovers(run_dir: Path) -> None:
     """What a killed attempt had begun to write or to remove."""
-    for leftover in (Path(run_dir) / FOLDER).glob(".step-*"):
+    for leftover in (Path(run_dir) / CHECKPOINTS).glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def prune(run_dir: Path, keep: int, keep_every: int, keep_best: bool) -> list[str]:
-    """Remove what need not be kept of the checkpoints up to the latest one; returns the names of what went.
+def prune(run_dir: Path, keep: int, keep_every: int, keep_best: bool) -> None:
+    """Remove what need not be kept of the checkpoints up to the latest one.
 
     Kept are the last `keep`, every one whose step is a multiple of `keep_every`, and the one with the lowest
     held-out NLL. Newer ones than the latest are left alone: someone has gone back behind them, or they are damaged.
     """
     latest = latest_checkpoint(run_dir)
     if latest is None:
-        return []
+        return
     found = [path for path in find_checkpoints(run_dir) if path <= latest]
     kept = {latest, *found[-keep:]}
     kept |= {path for path in found if keep_every and step_of(path) % keep_every == 0}
     if keep_best and len(found) > len(kept):
         kept |= _best(found)
-    removed = [path for path in found if path not in kept]
-    for path in removed:
-        _discard(path)
-    return [path.name for path in removed]
+    for path in found:
+        if path not in kept:
+            _discard(path)
 
 
 def _best(found: list[Path]) -> set[Path]:

@@ -40,8 +40,8 @@ REASON_OF_SIGNAL = {
 }
 
 SECONDS_BETWEEN_LOOKS = 1.0  # for the files: each look is a request to a shared file system
-# A Ctrl-C that arrives twice at once (from the terminal, and passed on by a launcher) is one.
-SECONDS_OF_ONE_CTRL_C = 0.5
+# A request that arrives twice at once (from the terminal, and passed on by a launcher or a wrapper) is one.
+SECONDS_OF_ONE_REQUEST = 0.5
 SECONDS_TO_LEAVE = 5.0  # after the second Ctrl-C, for the last lines of the journal
 SECONDS_FOR_LAST_WORDS = 5.0
 SECONDS_FOR_OTHERS = 3.0  # between the stacks of a hung rank and its end, which tears the connections of the others
@@ -144,7 +144,7 @@ class StopRequests:
         while (byte := os.read(self._reader, 1)) != _END:
             number = byte[0]
             if number == signal.SIGINT:
-                apart = time.monotonic() - last_ctrl_c >= SECONDS_OF_ONE_CTRL_C
+                apart = time.monotonic() - last_ctrl_c >= SECONDS_OF_ONE_REQUEST
                 last_ctrl_c = time.monotonic() if apart else last_ctrl_c
                 if number in told and apart:
                     self._leave()
@@ -170,20 +170,18 @@ class Watchdog:
 
     In a hung collective every rank waits for another, so all reach their deadlines at about the same time, and
     each writes the stacks of its threads to its standard error and to `logs`, and leaves the others a moment to do
-    so. `last_words`, which may be set at any time, is called after that, for a few seconds at most (for the first
-    rank's journal and outcome).
+    so. `last_words`, which may be set at any time, is called with the reason after that, for a few seconds at most
+    (for the first rank's journal and outcome).
 
     A process that was stopped for a while (Ctrl-Z, a suspended job) has not hung: its count starts anew. The thread
     cannot run while an operation keeps the interpreter's lock and never returns; then the other ranks reach their
     deadlines, and the launcher ends this one.
     """
 
-    def __init__(
-        self, seconds: float, logs: list[Path], last_words: Callable[[str], None] | None = None, rank: int = 0
-    ) -> None:
+    def __init__(self, seconds: float, logs: list[Path], rank: int = 0) -> None:
         self._seconds = seconds
         self._logs = logs
-        self.last_words = last_words
+        self.last_words: Callable[[str], None] | None = None
         self.is_ending = False  # from then on what the main thread meets, such as a lost connection, is a consequence
         self._rank = rank
         self._done = threading.Event()

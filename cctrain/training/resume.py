@@ -10,9 +10,9 @@ from typing import Any
 
 from cctrain.config import Config, field_help, load_config
 from cctrain.errors import CheckpointError, UsageError
-from cctrain.run_directory import CONFIG
+from cctrain.run_directory import CHECKPOINTS, CONFIG
 from cctrain.tracking.journal import history, last_attempt, read_journal
-from cctrain.training.checkpoint_files import FOLDER, find_checkpoints
+from cctrain.training.checkpoint_files import find_checkpoints
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ def check_checkpoints_are_there(run_dir: Path, past: Past) -> None:
     """A run that has saved must not begin anew because its checkpoints are gone."""
     if past.last_checkpoint is not None and not find_checkpoints(run_dir):
         raise CheckpointError(
-            f"{run_dir} has saved step {past.last_checkpoint}, but {run_dir / FOLDER} holds no checkpoint any more: "
-            "restore it from a copy, or train anew in another run directory (run.dir=DIR)"
+            f"{run_dir} has saved step {past.last_checkpoint}, but {run_dir / CHECKPOINTS} holds no checkpoint any "
+            "more: restore it from a copy, or train anew in another run directory (run.dir=DIR)"
         )
 
 

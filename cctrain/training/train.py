@@ -66,22 +66,21 @@ def run_attempt(config: Config, accept_changes: bool, mesh: Mesh, requests: Stop
             f"{store.path} has no {'training' if store.num_train == 0 else 'held-out'} cells: prepare again"
         )
     config = resolve(config, store)
+    loader = Loader(store, training_rule(config, store), mesh.rank, mesh.num_ranks, config.data.micro_batch_tokens or 0)
+    config.data.micro_batch_tokens = loader.micro_batch_tokens = resolve_micro_batch(config, loader)
     past = read_past(run_dir)
     has_begun = past.attempts > 0 or latest_checkpoint(run_dir) is not None
-    if has_begun:
-        check_changes(run_dir, config, accept_changes)
+    changes = check_changes(run_dir, config, accept_changes) if has_begun else []
     check_checkpoints_are_there(run_dir, past)
     if first_rank_says(is_finished(run_dir, config), mesh):
         log.info("%s has finished: all %s steps are done", run_dir, f"{config.training.steps:,}")
         if mesh.is_first:
             write_outcome(run_dir, FINISHED.outcome)
         return FINISHED
+    if mesh.is_first:
+        clear_outcome(run_dir)
 
-    loader = Loader(store, training_rule(config, store), mesh.rank, mesh.num_ranks, config.data.micro_batch_tokens or 0)
-    config.data.micro_batch_tokens = loader.micro_batch_tokens = resolve_micro_batch(config, loader)
     model = build_model(config, store)
-    # Again, now that all defaults are resolved: what the journal says is what differs.
-    changes = check_changes(run_dir, config, accept_changes) if has_begun else []
     facts = {"changes": [str(change) for change in changes]} if changes else {}
     if config.model.init_from is not None and latest_checkpoint(run_dir) is None:
         facts |= start_from(model, store.genes.ids.tolist(), Path(config.model.init_from))
@@ -119,12 +118,13 @@ def run_held(run_dir: Path, mesh: Mesh) -> Iterator[None]:
 
 @contextmanager
 def ending_told(run_dir: Path, mesh: Mesh, watchdog: Watchdog) -> Iterator[None]:
-    """RUN/outcome where no attempt could write it: an error or a hang before the first step. What it said before is
-    removed."""
+    """RUN/outcome where no attempt could write it: an error or a hang before the first step.
+
+    What the attempt before has left stands until `run_attempt` has found nothing to refuse.
+    """
     if not mesh.is_first:
         yield
         return
-    clear_outcome(run_dir)
     watchdog.last_words = lambda reason: tell_ending(run_dir, TrainingError(reason))
     try:
         yield

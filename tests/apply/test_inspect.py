@@ -11,15 +11,15 @@ from cctrain.apply.inspect import inspect
 from cctrain.config import load_config, to_yaml
 from cctrain.data.store import TokenStore
 from cctrain.errors import CheckpointError, DataError, UsageError
-from cctrain.run_directory import CONFIG, WEIGHTS
+from cctrain.run_directory import CHECKPOINTS, CONFIG, LATEST, WEIGHTS
 from cctrain.tracking.journal import Journal
-from cctrain.training.checkpoint_files import FOLDER, LATEST, MANIFEST, partial_folder, publish, read_manifest
+from cctrain.training.checkpoint_files import MANIFEST, partial_folder, publish, read_manifest
 from cctrain.training.checkpoint_files import write_manifest as rewrite_manifest
 from cctrain.training.guards import write_outcome
 from tests.training.test_checkpoint_files import flip_a_byte, write_fragments
 
 
-def save(run_dir: Path, step: int, nll: float | None = None) -> Path:
+def save(run_dir: Path, step: int, nll: float | None = None) -> None:
     """A checkpoint of two parameters with 10 elements in two files."""
     partial = partial_folder(run_dir, step)
     values = {name: {"master": torch.arange(float(n))} for name, n in (("v", 4), ("w", 6))}
@@ -27,7 +27,7 @@ def save(run_dir: Path, step: int, nll: float | None = None) -> Path:
     state = {"step": step, "position": 10 * step, "attempt": 2, "num_ranks": 2, "zero_stage": 3, "precision": "bf16"}
     facts = {"applied_steps": step - 1, "held_out_nll": nll, "store_digest": "feed"}
     rewrite_manifest(partial, {**read_manifest(partial), **state, **facts})
-    return publish(run_dir, step)
+    publish(run_dir, step)
 
 
 def write_attempt(run_dir: Path, attempt: int, start: int, *events: tuple[str, int, dict[str, Any]]) -> None:
@@ -85,7 +85,7 @@ def test_a_run_tells_where_it_stands_and_how_its_attempts_ended(run_dir):
 
 
 def test_the_checkpoint_that_latest_names_is_shown_as_such(run_dir):
-    (run_dir / FOLDER / LATEST).write_text("step-00000002\n")
+    (run_dir / CHECKPOINTS / LATEST).write_text("step-00000002\n")
     assert "checkpoint  step 2, 0.0 MiB, held-out NLL 2.2500 (latest)" in inspect(run_dir, verify=False)[1]
 
 
@@ -124,7 +124,7 @@ def test_what_is_not_finite_stays_json(run_dir):
 
 
 def test_a_checkpoint_whose_manifest_is_damaged_is_named_and_the_others_shown(run_dir):
-    flip_a_byte(run_dir / FOLDER / "step-00000002" / MANIFEST)
+    flip_a_byte(run_dir / CHECKPOINTS / "step-00000002" / MANIFEST)
     facts, text = inspect(run_dir, verify=False)
     [message] = facts["damaged"]
     assert "step-00000002/manifest.json is damaged" in message
@@ -134,8 +134,8 @@ def test_a_checkpoint_whose_manifest_is_damaged_is_named_and_the_others_shown(ru
 
 def test_verifying_a_run_names_every_damaged_file_of_every_checkpoint(run_dir):
     inspect(run_dir, verify=True)
-    flip_a_byte(run_dir / FOLDER / "step-00000002" / "rank-00001.safetensors")
-    (run_dir / FOLDER / "step-00000004" / "rank-00000.safetensors").write_bytes(b"")
+    flip_a_byte(run_dir / CHECKPOINTS / "step-00000002" / "rank-00001.safetensors")
+    (run_dir / CHECKPOINTS / "step-00000004" / "rank-00000.safetensors").write_bytes(b"")
     inspect(run_dir, verify=False)
     with pytest.raises(CheckpointError) as found:
         inspect(run_dir, verify=True)
@@ -148,9 +148,10 @@ def test_verifying_a_run_names_every_damaged_file_of_every_checkpoint(run_dir):
 
 
 def test_a_checkpoint_tells_what_it_holds_and_who_wrote_it(run_dir):
-    facts, text = inspect(run_dir / FOLDER / "step-00000002", verify=True)
+    path = run_dir / CHECKPOINTS / "step-00000002"
+    facts, text = inspect(path, verify=True)
     assert (facts["step"], facts["position"], facts["parameters"], facts["files"]) == (2, 20, 10, 2)
-    assert facts["bytes"] == sum(f.stat().st_size for f in (run_dir / FOLDER / "step-00000002").glob("*.safetensors"))
+    assert facts["bytes"] == sum(file.stat().st_size for file in path.glob("*.safetensors"))
     assert facts["verified"]
     assert "step        2, 20 samples consumed, attempt 2, held-out NLL 2.2500" in text
     assert "weights     10 parameters, AdamW's state after 1 steps" in text
@@ -158,12 +159,12 @@ def test_a_checkpoint_tells_what_it_holds_and_who_wrote_it(run_dir):
 
 
 def test_a_checkpoint_is_known_by_its_content_under_another_name(run_dir, tmp_path):
-    (run_dir / FOLDER / "step-00000002").rename(tmp_path / "kept")
+    (run_dir / CHECKPOINTS / "step-00000002").rename(tmp_path / "kept")
     assert inspect(tmp_path / "kept", verify=True)[0]["step"] == 2
 
 
 def test_a_damaged_checkpoint_names_the_file_when_it_is_verified(run_dir):
-    path = run_dir / FOLDER / "step-00000004"
+    path = run_dir / CHECKPOINTS / "step-00000004"
     flip_a_byte(path / "rank-00000.safetensors")
     assert not inspect(path, verify=False)[0]["verified"]
     with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors is not what was written .* the one before it"):
@@ -171,7 +172,7 @@ def test_a_damaged_checkpoint_names_the_file_when_it_is_verified(run_dir):
 
 
 def test_a_checkpoint_without_a_manifest_is_damaged(run_dir):
-    path = run_dir / FOLDER / "step-00000004"
+    path = run_dir / CHECKPOINTS / "step-00000004"
     (path / MANIFEST).unlink()
     with pytest.raises(CheckpointError, match=r"manifest\.json cannot be read"):
         inspect(path, verify=False)

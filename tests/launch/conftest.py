@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes on this machine, and a tiny training to submit to it."""
+"""A real Slurm of two nodes on this machine, and a tiny training to submit to it; and commands in place of Slurm's."""
 
 import json
 import os
@@ -111,6 +111,26 @@ def logs_of(run_dir: Path) -> str:
 
 def batch_log(run_dir: Path, job: str) -> str:
     return (run_dir / "logs" / f"slurm-{job}.log").read_text()
+
+
+@pytest.fixture
+def fake_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Path]:
+    """Puts a bash script in the place of a command; returns a file that gets a line for each call, its arguments.
+
+    In the script `$call` is the number of the call, from 1.
+    """
+    folder = tmp_path / "fakes"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+    def make(name: str, script: str) -> Path:
+        calls, command = folder / f"{name}.calls", folder / name
+        calls.touch()
+        command.write_text(f'#!/bin/bash\necho "$*" >>{calls}\ncall=$(wc -l <{calls})\n{script}\n')
+        command.chmod(0o755)
+        return calls
+
+    return make
 
 
 @pytest.fixture(scope="session")

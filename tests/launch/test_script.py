@@ -92,6 +92,27 @@ def test_the_template_is_a_script_of_its_own_for_the_shell():
     assert subprocess.run(["bash", "-n", TEMPLATE]).returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("refusals", "code", "said"),
+    [
+        (0, 0, "requeued to go on from step-00000002"),
+        (1, 0, "requeued to go on from step-00000002"),
+        (2, 1, "Slurm refuses to requeue the job. The run is saved: submit it again"),
+    ],
+)
+def test_a_refused_requeue_is_tried_once_more_after_10_seconds(fake_command, tmp_path, refusals, code, said):
+    tries, waits = fake_command("scontrol", f"((call > {refusals}))"), fake_command("sleep", "")
+    script = render(tmp_path, tmp_path / "c.yaml", Profile("p"), Request(), "python", "c0de", [])
+    assert script.endswith("\nmain\n")
+    script = script.removesuffix("main\n") + 'requeue "to go on from step-00000002"\n'
+    environment = {**os.environ, "SLURM_JOB_ID": "42", "SLURM_JOB_NUM_NODES": "1"}
+    done = subprocess.run(["bash"], input=script, env=environment, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert said in done.stdout
+    assert tries.read_text().splitlines() == ["requeue 42"] * min(refusals + 1, 2)
+    assert waits.read_text().splitlines() == ["10"] * min(refusals, 1)
+
+
 def test_what_a_profile_says_of_the_templates_options_stands_in_their_place():
     profile = Profile("mine", {"signal": "B:USR1@600", "job-name": "night shift", "no-requeue": "", "account": "lab"})
     lines = render(Path("/r"), Path("/r/c.yaml"), profile, Request(), "python", "c", []).splitlines()

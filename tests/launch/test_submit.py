@@ -13,6 +13,7 @@ from cctrain.data.store import TokenStore
 from cctrain.errors import DataError, UsageError
 from cctrain.launch.jobs import cancel_jobs, describe_jobs, show_jobs, tail_logs
 from cctrain.launch.script import Request
+from cctrain.launch.submissions import read_submissions
 from cctrain.launch.submit import submit
 from cctrain.tracking.journal import Journal
 
@@ -107,6 +108,18 @@ def test_changed_keys_of_a_run_that_has_begun_are_refused_at_once(folder, tiny_s
         held("runs/a", "training.steps=7", dry_run=True)
     text = held("runs/a", "training.steps=7", dry_run=True, accept_changes=True)["text"]
     assert "train_options=(--accept-changes)" in text
+
+
+def test_a_chain_that_is_refused_half_way_is_recorded_as_far_as_it_is_queued(folder, fake_command):
+    script = '((call <= 2)) && echo $((40 + call)) || { echo "job limit reached" >&2; exit 1; }'
+    handed = fake_command("sbatch", script)
+    request = Request(ranks_per_node=2, chain=4)
+    with pytest.raises(UsageError, match=r"sbatch refuses .*: job limit reached\n.* queued and recorded \(41, 42\)"):
+        submit(Path("tiny.yaml"), ["run.dir=runs/a"], "held.yaml", request)
+    submitted = folder / "runs" / "a" / "slurm" / "submission-1" / "job.sbatch"
+    assert handed.read_text() == f"--parsable {submitted}\n" * 3
+    [submission] = read_submissions(folder / "runs" / "a")
+    assert (submission["jobs"], submission["script"]) == (["41", "42"], str(submitted))
 
 
 # ---- with Slurm

@@ -26,22 +26,10 @@ from cctrain.launch.local import free_port
 from cctrain.tracking.journal import Journal, read_journal
 from cctrain.tracking.projection import LiveProjection, project, sync
 from cctrain.tracking.ui import Page, running_server
+from tests.trainer import CELL_YAML, SMALL
 
 MakeRun = Callable[..., Path]
 WriteAttempt = Callable[..., None]
-
-CELL_YAML = Path(__file__).parents[2] / "configs" / "cell.yaml"
-SMALL = (
-    "model.width=16",
-    "model.depth=1",
-    "model.heads=2",
-    "model.latents=4",
-    "data.global_batch=8",
-    "training.steps=4",
-    "training.warmup=2",
-    "training.precision=fp32",
-    "evaluation.every=2",
-)
 
 
 class Proxy:

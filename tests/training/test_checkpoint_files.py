@@ -13,11 +13,10 @@ from safetensors.torch import save_file
 
 from cctrain.errors import CheckpointError
 from cctrain.model.saved import save_weights
+from cctrain.run_directory import CHECKPOINTS, LATEST
 from cctrain.training import checkpoint_files
 from cctrain.training.checkpoint_files import (
-    FOLDER,
     FORMAT,
-    LATEST,
     MANIFEST,
     FragmentReader,
     checkpoint_name,
@@ -86,15 +85,14 @@ def write_fragments(
 
 def save(run_dir: Path, *steps: int, **looks: float) -> list[Path]:
     """Publish checkpoints in this order; `nll_10=2.5` says what a look at step 10 found."""
-    paths = []
     for step in steps:
         write_partial(run_dir, step, looks.get(f"nll_{step}"))
-        paths.append(publish(run_dir, step))
-    return paths
+        publish(run_dir, step)
+    return [run_dir / CHECKPOINTS / checkpoint_name(step) for step in steps]
 
 
 def point_latest(run_dir: Path, content: bytes) -> None:
-    (run_dir / FOLDER / LATEST).write_bytes(content)
+    (run_dir / CHECKPOINTS / LATEST).write_bytes(content)
 
 
 def steps_of(paths: list[Path]) -> list[int]:
@@ -147,10 +145,9 @@ def test_a_checkpoint_is_absent_until_it_is_published(tmp_path):
     write_partial(tmp_path, 10)
     assert find_checkpoints(tmp_path) == []
     assert latest_checkpoint(tmp_path) is None
-    published = publish(tmp_path, 10)
-    assert published == tmp_path / FOLDER / "step-00000010"
-    assert find_checkpoints(tmp_path) == [published]
-    assert (tmp_path / FOLDER / LATEST).read_text() == "step-00000010\n"
+    publish(tmp_path, 10)
+    assert find_checkpoints(tmp_path) == [tmp_path / CHECKPOINTS / "step-00000010"]
+    assert (tmp_path / CHECKPOINTS / LATEST).read_text() == "step-00000010\n"
 
 
 def test_latest_moves_last(tmp_path, monkeypatch):
@@ -158,7 +155,7 @@ def test_latest_moves_last(tmp_path, monkeypatch):
     write_partial(tmp_path, 20)
 
     def killed(path: Path, content: bytes) -> None:
-        assert path == tmp_path / FOLDER / LATEST
+        assert path == tmp_path / CHECKPOINTS / LATEST
         assert steps_of(find_checkpoints(tmp_path)) == [10, 20]  # complete under its name by now
         raise KeyboardInterrupt
 
@@ -170,7 +167,7 @@ def test_latest_moves_last(tmp_path, monkeypatch):
 
 def test_publishing_replaces_a_checkpoint_of_the_same_step(tmp_path):
     save(tmp_path, 10, nll_10=3.0)
-    (tmp_path / FOLDER / checkpoint_name(10) / "rank-00007.safetensors").write_bytes(b"of more ranks")
+    (tmp_path / CHECKPOINTS / checkpoint_name(10) / "rank-00007.safetensors").write_bytes(b"of more ranks")
     save(tmp_path, 10, nll_10=2.0)
     [path] = find_checkpoints(tmp_path)
     assert read_manifest(path)["held_out_nll"] == 2.0
@@ -194,21 +191,22 @@ def test_a_kill_while_a_checkpoint_is_replaced_leaves_the_ones_before(tmp_path, 
     monkeypatch.undo()
     assert steps_of(checkpoints_to_try(tmp_path)) == [10]
     discard_leftovers(tmp_path)
-    assert sorted(entry.name for entry in (tmp_path / FOLDER).iterdir()) == [LATEST, checkpoint_name(10)]
+    assert sorted(entry.name for entry in (tmp_path / CHECKPOINTS).iterdir()) == [LATEST, checkpoint_name(10)]
 
 
 def test_leftovers_of_a_killed_attempt_are_discarded_and_nothing_else(tmp_path):
     save(tmp_path, 10)
     write_partial(tmp_path, 20)
-    (tmp_path / FOLDER / ".step-00000005.removed").mkdir()
-    (tmp_path / FOLDER / ".mine").mkdir()
+    (tmp_path / CHECKPOINTS / ".step-00000005.removed").mkdir()
+    (tmp_path / CHECKPOINTS / ".mine").mkdir()
     discard_leftovers(tmp_path)
-    assert sorted(path.name for path in (tmp_path / FOLDER).iterdir()) == [".mine", LATEST, checkpoint_name(10)]
+    assert sorted(path.name for path in (tmp_path / CHECKPOINTS).iterdir()) == [".mine", LATEST, checkpoint_name(10)]
 
 
 def test_a_run_without_checkpoints_has_none_and_nothing_to_discard(tmp_path):
     discard_leftovers(tmp_path)
-    assert find_checkpoints(tmp_path) == checkpoints_to_try(tmp_path) == prune(tmp_path, 1, 0, True) == []
+    prune(tmp_path, keep=1, keep_every=0, keep_best=True)
+    assert find_checkpoints(tmp_path) == checkpoints_to_try(tmp_path) == list(tmp_path.iterdir()) == []
 
 
 # ---- which one counts
@@ -222,9 +220,9 @@ def test_checkpoints_are_in_the_order_of_their_steps_however_they_came(tmp_path)
 def test_folders_of_other_names_or_without_a_manifest_are_no_checkpoints(tmp_path):
     save(tmp_path, 10)
     for name in ("step-20", "step-00000030", "step-0000004x", "old-00000050"):
-        (tmp_path / FOLDER / name).mkdir()
+        (tmp_path / CHECKPOINTS / name).mkdir()
     for name in ("step-20", "step-0000004x", "old-00000050"):
-        (tmp_path / FOLDER / name / MANIFEST).write_text("{}")
+        (tmp_path / CHECKPOINTS / name / MANIFEST).write_text("{}")
     assert steps_of(find_checkpoints(tmp_path)) == [10]
 
 
@@ -239,7 +237,7 @@ def test_latest_may_name_an_older_checkpoint_and_then_counts(tmp_path):
 )
 def test_without_a_latest_that_names_one_the_newest_counts(tmp_path, content):
     save(tmp_path, 10, 20)
-    (tmp_path / FOLDER / LATEST).unlink()
+    (tmp_path / CHECKPOINTS / LATEST).unlink()
     if content is not None:
         point_latest(tmp_path, content)
     assert step_of(latest_checkpoint(tmp_path)) == 20
@@ -248,7 +246,7 @@ def test_without_a_latest_that_names_one_the_newest_counts(tmp_path, content):
 def test_a_folder_without_manifest_and_a_name_without_folder_are_told(tmp_path):
     save(tmp_path, 10, 20)
     assert incomplete_checkpoints(tmp_path) == []
-    (tmp_path / FOLDER / "step-00000020" / MANIFEST).unlink()
+    (tmp_path / CHECKPOINTS / "step-00000020" / MANIFEST).unlink()
     [told] = incomplete_checkpoints(tmp_path)
     assert "step-00000020 has no manifest.json" in told
     point_latest(tmp_path, b"step-00000099\n")
@@ -267,9 +265,9 @@ def test_those_before_the_latest_are_tried_newest_first_and_then_the_newer_ones(
 
 def test_the_last_ones_stay(tmp_path):
     save(tmp_path, 10, 20, 30, 40)
-    assert prune(tmp_path, keep=2, keep_every=0, keep_best=False) == [checkpoint_name(10), checkpoint_name(20)]
+    prune(tmp_path, keep=2, keep_every=0, keep_best=False)
     assert steps_of(find_checkpoints(tmp_path)) == [30, 40]
-    assert not list((tmp_path / FOLDER).glob(".*"))
+    assert not list((tmp_path / CHECKPOINTS).glob(".*"))
 
 
 def test_every_nth_stays_for_good(tmp_path):
@@ -286,7 +284,8 @@ def test_the_best_by_held_out_nll_stays_and_those_without_a_look_never_are(tmp_p
 
 def test_the_best_stays_where_it_is_the_only_one_that_could_go(tmp_path):
     save(tmp_path, 10, 20, nll_10=1.0, nll_20=2.0)
-    assert prune(tmp_path, keep=1, keep_every=0, keep_best=True) == []
+    prune(tmp_path, keep=1, keep_every=0, keep_best=True)
+    assert steps_of(find_checkpoints(tmp_path)) == [10, 20]
 
 
 def test_a_better_one_takes_the_place_of_the_best(tmp_path):
@@ -308,14 +307,14 @@ def test_a_damaged_one_is_nobodys_best(tmp_path):
 def test_what_latest_names_stays_and_newer_ones_are_left_alone(tmp_path):
     save(tmp_path, 10, 20, 30, 40, 50)
     point_latest(tmp_path, b"step-00000030\n")
-    assert prune(tmp_path, keep=1, keep_every=0, keep_best=False) == [checkpoint_name(10), checkpoint_name(20)]
+    prune(tmp_path, keep=1, keep_every=0, keep_best=False)
     assert steps_of(find_checkpoints(tmp_path)) == [30, 40, 50]
     assert step_of(latest_checkpoint(tmp_path)) == 30
 
 
 def test_pruning_removes_nothing_while_all_may_stay(tmp_path):
     save(tmp_path, 10, 20)
-    assert prune(tmp_path, keep=3, keep_every=0, keep_best=True) == []
+    prune(tmp_path, keep=3, keep_every=0, keep_best=True)
     assert steps_of(find_checkpoints(tmp_path)) == [10, 20]
 
 

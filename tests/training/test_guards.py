@@ -241,7 +241,8 @@ def a_collective_that_never_ends():
 log = run_dir / "logs" / "rank-0003.log"
 log.parent.mkdir()
 log.write_text("of the attempt before\\n")
-with Watchdog(0.5, [log], last_words=LAST_WORDS, rank=3) as watchdog:
+with Watchdog(0.5, [log], rank=3) as watchdog:
+    watchdog.last_words = LAST_WORDS
     for step in range(1, 4):
         time.sleep(0.3)
         watchdog.beat(f"step {step}")

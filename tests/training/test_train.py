@@ -1,16 +1,12 @@
 """What a training resolves before it starts, and how it ends when something goes wrong."""
 
-import os
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 
 from cctrain.config import Config, load_config
@@ -21,6 +17,7 @@ from cctrain.tracking.journal import read_journal
 from cctrain.training.checkpoint_files import latest_checkpoint, read_manifest
 from cctrain.training.guards import read_outcome
 from cctrain.training.train import resolve, resolve_micro_batch, training_rule
+from tests.trainer import Trainer, rank_processes, wait_until
 
 
 def steps(run_dir: Path) -> list[dict]:
@@ -34,30 +31,8 @@ def config(tiny_config: Path, unequal_store: TokenStore) -> Config:
 
 @pytest.fixture
 def start(tiny_config: Path, unequal_store: TokenStore, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
-    """Starts `cctrain train` in a process group of its own; as under Slurm, where the journal alone is written."""
-    environment = {**os.environ, "SLURM_JOB_ID": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        environment.pop(name, None)
-    command = [sys.executable, "-m", "cctrain", "train", str(tiny_config), f"data.store={unequal_store.path}"]
-    started: list[subprocess.Popen] = []
-
-    def run(*arguments: str) -> subprocess.Popen:
-        started.append(
-            subprocess.Popen(
-                [*command, f"run.dir={tmp_path / 'run'}", *arguments],
-                env=environment,
-                start_new_session=True,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-        return started[-1]
-
-    yield run
-    for process in started:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    with Trainer(tiny_config, unequal_store, tmp_path) as trainer:
+        yield partial(trainer.start, tmp_path / "run")
 
 
 def test_defaults_that_depend_on_the_store_are_resolved_and_kept(config, unequal_store):
@@ -105,17 +80,8 @@ def test_a_training_that_diverges_fails_with_the_step_in_the_journal(start, tmp_
 def endless(start: Callable[..., subprocess.Popen], tmp_path: Path) -> subprocess.Popen:
     """Two ranks, well into their training."""
     launcher = start("training.steps=1000000", "--ranks=2")
-    deadline = time.monotonic() + 90
-    while len(steps(tmp_path / "run")) < 3:
-        assert launcher.poll() is None, launcher.stderr.read()
-        assert time.monotonic() < deadline, "the training did not start"
-        time.sleep(0.1)
+    wait_until(lambda: len(steps(tmp_path / "run")) >= 3, launcher)
     return launcher
-
-
-def rank_processes(launcher: subprocess.Popen) -> dict[int, psutil.Process]:
-    children = psutil.Process(launcher.pid).children()
-    return {int(child.environ()["RANK"]): child for child in children if "RANK" in child.environ()}
 
 
 @pytest.mark.slow
