@@ -87,6 +87,11 @@ class ModelConfig:
     heads: int = fixed("Attention heads; each has width / heads dimensions.", 4)
     latents: int = fixed("Number of learned latents M.", 64)
     latent_width: int | None = fixed("Width of a latent. Default: `model.width`.", None)
+    backend: str = free(
+        "Attention kernels: `auto` (by device, dtype and shape), or `flash_cuda`, `cutlass_cuda`, `flash_cpu`, or "
+        "`reference`: plain PyTorch, slow.",
+        "auto",
+    )
     init_from: str | None = fixed("A run whose weights to start from; genes are matched by id.", None)
 
 
@@ -111,6 +116,11 @@ class TrainingConfig:
     beta1: float = fixed("AdamW's decay of the first moment.", 0.9)
     beta2: float = fixed("AdamW's decay of the second moment.", 0.98)
     epsilon: float = fixed("AdamW's denominator.", 1e-8)
+    compile: bool = free(
+        "Let torch.compile fuse what follows attention in each layer. It needs a C++ compiler, gains nothing on CPUs, "
+        "and does not know ZeRO 3.",
+        False,
+    )
     max_skipped: int = free(
         "Steps in a row that may be skipped because the loss or the gradient is not finite; one more ends the run.", 10
     )
@@ -129,11 +139,22 @@ class EvaluationConfig:
 @dataclass
 class ParallelConfig:
     zero_stage: int = free("DeepSpeed ZeRO stage, 0 to 3: what is sharded over ranks.", 1)
+    context: int = free("Context ranks C: ranks that share each context, each holding 1/C of its tokens.", 1)
+    check_ranks: bool = free(
+        "For debugging: compare parameters, latents and samples of all ranks at every step; stop where they differ.",
+        False,
+    )
 
 
 @dataclass
 class MemoryConfig:
     checkpointing: bool = free("Recompute each layer's activations in backward instead of keeping them.", False)
+    offload: str = free("Where checkpoints of activations wait for backward: `device`, or `host` memory.", "device")
+    tile_tokens: int | None = free(
+        "Tokens that go through a layer's token-local part at a time; its peak memory follows. Default: 4,096 on "
+        "CPUs, where a tile then stays in the cache, and 65,536 on GPUs.",
+        None,
+    )
 
 
 @dataclass
@@ -233,6 +254,8 @@ def check_config(config: Config) -> None:
     _one_of("training.precision", config.training.precision, ["fp32", "bf16", "fp16"])
     _one_of("training.schedule", config.training.schedule, ["cosine", "wsd"])
     _one_of("parallel.zero_stage", config.parallel.zero_stage, [0, 1, 2, 3])
+    _one_of("model.backend", config.model.backend, ["auto", "flash_cuda", "cutlass_cuda", "flash_cpu", "reference"])
+    _one_of("memory.offload", config.memory.offload, ["device", "host"])
     positive = {
         "data.max_tokens": config.data.max_tokens,
         "data.global_batch": config.data.global_batch,
@@ -244,6 +267,8 @@ def check_config(config: Config) -> None:
         "model.heads": config.model.heads,
         "model.latents": config.model.latents,
         "model.latent_width": config.model.latent_width,
+        "parallel.context": config.parallel.context,
+        "memory.tile_tokens": config.memory.tile_tokens,
         "training.steps": config.training.steps,
         "training.learning_rate": config.training.learning_rate,
         "training.epsilon": config.training.epsilon,
@@ -281,6 +306,12 @@ def check_config(config: Config) -> None:
         if not 0 <= share <= 1 or (share == 0 and not may_be_0) or (share == 1 and not may_be_1):
             low, high = ("" if may_be_0 else " (excluded)"), ("" if may_be_1 else " (excluded)")
             raise UsageError(f"{key}={share} must lie between 0{low} and 1{high}")
+    if config.memory.offload == "host" and not config.memory.checkpointing:
+        raise UsageError("memory.offload=host moves the checkpoints of memory.checkpointing, which is off: set it too")
+    if config.training.compile and config.parallel.zero_stage == 3:
+        raise UsageError("training.compile does not know the sharded weights of parallel.zero_stage=3: switch one off")
+    if config.parallel.context > 1 and config.model.attention == "dense":
+        raise UsageError("parallel.context above 1 needs model.attention=criss_cross: dense attention is not sharded")
     if config.model.width % config.model.heads:
         raise UsageError(
             f"model.width={config.model.width} is not a multiple of model.heads={config.model.heads}: "

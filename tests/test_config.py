@@ -124,9 +124,10 @@ def test_every_key_has_a_sentence_and_says_what_a_resumed_run_may_do_with_it():
 def test_what_decides_the_order_of_samples_and_the_shape_of_the_model_is_fixed():
     resume = {key: kind for key, (_, kind, _) in field_help().items()}
     science = ("model.", "objective.", "run.seed", "data.digest", "data.global_batch", "data.block", "data.window")
-    assert {kind for key, kind in resume.items() if key.startswith(science)} == {"fixed"}
+    how = "model.backend"
+    assert {kind for key, kind in resume.items() if key.startswith(science) and key != how} == {"fixed"}
     assert {resume[key] for key in ("training.steps", "training.learning_rate", "training.precision")} == {"schedule"}
-    where = ("parallel.", "memory.", "tracking.", "run.dir", "data.store", "data.micro_batch_tokens")
+    where = (how, "parallel.", "memory.", "tracking.", "run.dir", "data.store", "data.micro_batch_tokens")
     assert {kind for key, kind in resume.items() if key.startswith(where)} == {"free"}
 
 
@@ -192,6 +193,18 @@ def test_a_value_of_the_wrong_type_in_a_file_names_the_file(load):
 @pytest.mark.parametrize("text", ["model:\n", "model: 3\n", "model: [1, 2]\n"])
 def test_a_section_without_keys_is_an_error_that_shows_one(load, text):
     assert "is a section: give keys below it, such as model.attention" in complaint(load, STORE + text)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("memory.offload=host",), "memory.checkpointing, which is off"),
+        (("parallel.context=2", "model.attention=dense"), "dense attention is not sharded"),
+        (("training.compile=true", "parallel.zero_stage=3"), "does not know the sharded weights"),
+    ],
+)
+def test_options_that_cannot_go_together_are_an_error_that_says_why(load, overrides, said):
+    assert said in complaint(load, STORE, *overrides)
 
 
 def test_a_missing_file_is_an_error_that_names_it(tmp_path):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cctrain.apply.predict import load_model
 from cctrain.code_version import code_commit
 from cctrain.config import load_config
-from cctrain.data.loader import Loader
+from cctrain.data.loader import Loader, Share
 from cctrain.data.store import open_store
 from cctrain.model.layer import MLP, Read, Write
 from cctrain.run_directory import open_run
@@ -96,7 +96,7 @@ def branch_over_stream(run: Path) -> list[list[float]]:
     config = load_config(run / "config.yaml")
     store = open_store(Path(config.data.store), config.data.digest)
     model = load_model(open_run(run))
-    loader = Loader(store, context_rule(config, store, "validation", config.data.max_tokens or 0), 0, 1, 1 << 30)
+    loader = Loader(store, context_rule(config, store, "validation", config.data.max_tokens or 0), Share(), 1 << 30)
     cells = np.arange(store.num_train, store.num_train + 16)
     [batch] = loader.batches(cells, np.zeros(len(cells), dtype=np.int64))
     ratios: list[float] = []

@@ -26,7 +26,7 @@ from cctrain.apply.targets import Prediction, TargetSet, TrainingCells, permuted
 from cctrain.config import Config
 from cctrain.data.contexts import Context, hide_visible, target_probability
 from cctrain.data.hashing import hash64
-from cctrain.data.loader import Loader
+from cctrain.data.loader import Loader, Share
 from cctrain.data.store import TokenStore, open_store
 from cctrain.errors import DataError
 from cctrain.parallel.mesh import find_device_kind
@@ -160,7 +160,7 @@ def held_out_targets(store: TokenStore, config: Config) -> tuple[TargetSet, Any]
 
     def contexts(max_tokens: int) -> Iterator[Context]:
         rule = context_rule(config, store, "validation", max_tokens)
-        loader = Loader(store, rule, 0, 1, 0)
+        loader = Loader(store, rule, Share(), 0)
         for start in range(0, len(samples), 64):
             yield from loader.contexts(samples[start : start + 64], draws[start : start + 64])
 

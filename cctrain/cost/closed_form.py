@@ -9,9 +9,10 @@ Forward FLOPs of one layer for one context of n tokens, with M latents, width d 
     dense: scores and values         4 · n² · d                     in place of read and write
     dense: token projections         8 · n · d²
 
-Embedding: 2·n·(2·d + d²) for the count encoding. Head: 2·d² + 4·d per target. Backward is twice forward; recomputing
-the layers for checkpointing adds their forward once more, but for the last product of each. Norms, activations and
-the loss are not counted.
+Embedding: 2·n·(2·d + d²) for the count encoding. Head: 2·d² + 4·d per target. Backward is twice forward, and the
+attention kernels compute the scores once more there. Checkpointing repeats the forward of the layers, but for the
+read, whose result is kept, and for the last product of each stage, which backward does not need. Norms, activations
+and the loss are not counted.
 """
 
 from dataclasses import dataclass
@@ -62,21 +63,37 @@ def step_cost(model: ModelConfig, tokens: list[int], targets: int, checkpointing
     n is the mean number of tokens of a context; FLOPs are of forward, backward and recomputation together.
     """
     forward = forward_flops(model, tokens, targets)
-    # Recomputation stops at the last tensor that backward needs, before the second product of the token MLP.
-    layers = forward.attention + forward.projections + forward.mlp / 2 + forward.latents
-    recomputed = layers if checkpointing else 0.0
-    passes = 4 if checkpointing else 3
-    total = 3 * forward.total + recomputed
+    recomputed = _recomputed(model, forward, len(tokens), targets) if checkpointing else _NOTHING
+    attention = 3.5 * forward.attention + recomputed.attention
+    total = 3 * (forward.total - forward.attention) + recomputed.total - recomputed.attention + attention
     n = sum(tokens) / len(tokens)
     cost = {
         "cost/n": n,
-        "cost/attention_flops": passes * forward.attention,
+        "cost/attention_flops": attention,
         "cost/total_flops": total,
-        "cost/attention_share": passes * forward.attention / total,
+        "cost/attention_share": attention / total,
     }
     if model.attention == "criss_cross":
         cost |= {"cost/M": model.latents, "cost/n_times_M": n * model.latents}
     return cost
+
+
+_NOTHING = Flops(0, 0, 0, 0, 0, 0)
+
+
+def _recomputed(model: ModelConfig, forward: Flops, num_contexts: int, targets: int) -> Flops:
+    width, latent_width = model.width, model.latent_width or model.width
+    criss_cross = model.attention == "criss_cross"
+    # Of a latent's projections, the query of the read and the value of the write end their stages.
+    latent = 4 * width * latent_width + 16 * latent_width**2
+    return Flops(
+        attention=forward.attention / 2 if criss_cross else forward.attention,
+        projections=forward.projections,
+        mlp=forward.mlp / 2,
+        latents=model.depth * num_contexts * model.latents * latent if criss_cross else 0,
+        embedding=forward.embedding,
+        head=2 * width**2 * targets,
+    )
 
 
 def num_parameters(model: ModelConfig, num_genes: int) -> int:

@@ -7,7 +7,7 @@ of the sizes that every rank knows, so all ranks agree without talking. A bin ma
 
 import heapq
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -72,6 +72,30 @@ def _lay(contexts: list[Context], samples: np.ndarray, positions: np.ndarray) ->
         log_size_factors=np.array([context.log_size_factor for context in contexts], dtype=np.float32),
         samples=samples,
         positions=positions,
+    )
+
+
+def slice_of(batch: Batch, context_rank: int, num_context_ranks: int) -> Batch:
+    """What a context rank holds: of every context of n tokens, those from ⌊c·n/C⌋ to ⌊(c+1)·n/C⌋ − 1.
+
+    Slices may be empty. The cells and their size factors are those of the whole pack.
+    """
+    starts, lengths = batch.offsets[:-1], np.diff(batch.offsets)
+    first = starts + lengths * context_rank // num_context_ranks
+    last = starts + lengths * (context_rank + 1) // num_context_ranks
+    contexts = zip(first, last, strict=True)
+    tokens = np.concatenate([np.arange(start, stop) for start, stop in contexts]).astype(np.int64)
+    place = np.full(batch.offsets[-1] + 1, -1, dtype=np.int64)
+    place[tokens] = np.arange(len(tokens))
+    mine = place[batch.targets] >= 0
+    return replace(
+        batch,
+        genes=batch.genes[tokens],
+        counts=batch.counts[tokens],
+        cells=batch.cells[tokens],
+        offsets=np.concatenate(([0], np.cumsum(last - first))),
+        targets=place[batch.targets[mine]],
+        target_counts=batch.target_counts[mine],
     )
 
 

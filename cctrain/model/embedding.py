@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class TokenEmbedding(nn.Module):
-    """(total,) genes and counts become (total, width) tokens."""
+    """`gene` looks up the genes' vectors; calling the module gives what is added to them."""
 
     def __init__(self, num_genes: int, width: int):
         super().__init__()
@@ -22,8 +22,8 @@ class TokenEmbedding(nn.Module):
         self.count_up = nn.Linear(2, width)
         self.count_down = nn.Linear(width, width, bias=False)
 
-    def forward(self, genes: Tensor, counts: Tensor, log_expected: Tensor, is_target: Tensor) -> Tensor:
-        """genes int64, counts fp32 (0 at targets), log_expected fp32, is_target bool: all (total,)."""
+    def forward(self, counts: Tensor, log_expected: Tensor, is_target: Tensor) -> Tensor:
+        """counts fp32 (0 at targets), log_expected fp32, is_target bool, all (tokens,), give (tokens, width)."""
         features = torch.stack((torch.log1p(counts), torch.log1p(log_expected.exp())), dim=-1)
         encoded = self.count_down(nn.functional.gelu(self.count_up(features.to(self.mask.dtype))))
-        return self.gene(genes) + torch.where(is_target.unsqueeze(-1), self.mask, encoded)
+        return torch.where(is_target.unsqueeze(-1), self.mask, encoded)

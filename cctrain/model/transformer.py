@@ -14,18 +14,22 @@ The head starts at zero (see `head`).
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from cctrain.config import ModelConfig
+from cctrain.config import MemoryConfig, ModelConfig
+from cctrain.model.activations import Activations
 from cctrain.model.embedding import TokenEmbedding
 from cctrain.model.head import NegativeBinomialHead
-from cctrain.model.layer import MLP, CrissCrossLayer, DenseLayer, Norm, Read, SelfAttention, Write
+from cctrain.model.layer import MLP, CrissCrossLayer, DenseLayer, Norm, Read, SelfAttention, Write, finish
+from cctrain.model.merge import Exchange
+from cctrain.model.tiles import TILE_TOKENS, Cut, cut
 
 
 @dataclass(frozen=True)
@@ -44,37 +48,61 @@ class Inputs:
 
 
 class Transformer(nn.Module):
-    """`attention` is `criss_cross` or `dense`; share and theta (genes,) come from the training cells."""
+    """`attention` is `criss_cross` or `dense`; share and theta (genes,) come from the training cells.
+
+    `memory` changes nothing about the result. `capacity` is the most tokens that any pack will hold: packs are cut
+    into as many tiles as it needs, so that all ranks make the same calls. With an `exchange`, the packs of several
+    models are slices of the same contexts, and their latents read all of them.
+    """
 
     log_share: Tensor
     log_theta: Tensor
     latents: nn.Parameter | None
 
-    def __init__(self, config: ModelConfig, share: Tensor, theta: Tensor, checkpointing: bool = False):
+    def __init__(
+        self,
+        config: ModelConfig,
+        share: Tensor,
+        theta: Tensor,
+        memory: MemoryConfig | None = None,
+        capacity: int = 0,
+        exchange: Exchange | None = None,
+    ):
         super().__init__()
         num_genes, width = len(share), config.width
         self.width = width
-        self.checkpointing = checkpointing
+        self.memory = memory or MemoryConfig()
+        self.capacity = capacity
+        self.exchange = exchange
         self.register_buffer("log_share", share.double().log().float())
         self.register_buffer("log_theta", theta.double().log().float())
         self.embedding = TokenEmbedding(num_genes, width)
         if config.attention == "criss_cross":
             latent_width = config.latent_width or width
             self.latents = nn.Parameter(torch.empty(config.latents, latent_width))
-            layers: list[nn.Module] = [CrissCrossLayer(width, latent_width, config.heads) for _ in range(config.depth)]
+            layers: list[nn.Module] = [
+                CrissCrossLayer(width, latent_width, config.heads, config.backend) for _ in range(config.depth)
+            ]
         else:
             self.register_parameter("latents", None)
-            layers = [DenseLayer(width, config.heads) for _ in range(config.depth)]
+            layers = [DenseLayer(width, config.heads, config.backend) for _ in range(config.depth)]
         self.layers = nn.ModuleList(layers)
         self.head = NegativeBinomialHead(num_genes, width)
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """log μ and log θ of every target, fp32 (T,)."""
-        tokens, _ = self.encode(inputs)
+        cuts, activations = self._cut(inputs), self._activations()
+        numbers = _targets_by_tile(inputs.targets, cuts)
+        tiles, _ = self._encode(inputs, cuts, activations)
         genes = inputs.genes[inputs.targets]
         log_expected = inputs.log_size_factors[inputs.targets] + self.log_share[genes]
-        gene_vectors = self.embedding.gene(genes)
-        return self.head(tokens[inputs.targets], gene_vectors, genes, log_expected, self.log_theta[genes])
+        whole = inputs.targets, self.embedding.gene(genes), genes, log_expected, self.log_theta[genes]
+        pieces = zip(tiles, cuts, *(tensor.split(numbers) for tensor in whole), strict=True)
+        predicted = [
+            activations.run(self._predict, tile, targets - cut.start, *rest) for tile, cut, targets, *rest in pieces
+        ]
+        log_mu, log_theta = zip(*predicted, strict=True)
+        return torch.cat(log_mu), torch.cat(log_theta)
 
     def embed(self, inputs: Inputs) -> Tensor:
         """One vector for each context, fp32: the mean of its normalised latents (dense: of its tokens)."""
@@ -87,21 +115,57 @@ class Transformer(nn.Module):
 
     def encode(self, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
         """Tokens (total, width) and latents (contexts, M, latent_width) after the last layer; dense has none."""
+        tiles, latents = self._encode(inputs, self._cut(inputs), self._activations())
+        return torch.cat(tiles), latents
+
+    def compile_token_local(self) -> None:
+        """Let torch.compile fuse what follows attention in every layer, most of the arithmetic."""
+        compiled = torch.compile(finish, dynamic=True)
+        for layer in self.layers:
+            cast(CrissCrossLayer | DenseLayer, layer).finish = compiled
+
+    def _cut(self, inputs: Inputs) -> list[Cut]:
+        tile_tokens = self.memory.tile_tokens or TILE_TOKENS[inputs.genes.device.type]
+        return cut(inputs.offsets, -(-max(inputs.offsets[-1], self.capacity, 1) // tile_tokens))
+
+    def _activations(self) -> Activations:
+        return Activations(self.memory.checkpointing, self.memory.offload == "host")
+
+    def _encode(self, inputs: Inputs, cuts: list[Cut], activations: Activations) -> tuple[list[Tensor], Tensor | None]:
+        tiles = self._embed_tokens(inputs, cuts, activations)
+        if self.latents is None:
+            for layer in self.layers:
+                with activations.layer():
+                    tiles = layer(tiles, inputs.offsets, activations)
+            return tiles, None
+        latents = _as_stream(self.latents).expand(len(inputs.offsets) - 1, -1, -1)
+        for layer in self.layers:
+            with activations.layer():
+                tiles, latents = layer(tiles, latents, cuts, activations, self.exchange)
+        return tiles, latents
+
+    def _embed_tokens(self, inputs: Inputs, cuts: list[Cut], activations: Activations) -> list[Tensor]:
         is_target = torch.zeros_like(inputs.genes, dtype=torch.bool)
         is_target[inputs.targets] = True
         log_expected = inputs.log_size_factors + self.log_share[inputs.genes]
-        tokens = _as_stream(self.embedding(inputs.genes, inputs.counts, log_expected, is_target))
-        latents = None
-        if self.latents is not None:
-            latents = _as_stream(self.latents).expand(len(inputs.offsets) - 1, -1, -1)
-        for layer in self.layers:
-            state = (tokens,) if latents is None else (tokens, latents)
-            if self.checkpointing and torch.is_grad_enabled():
-                result = checkpoint(layer, *state, inputs.offsets, use_reentrant=False, preserve_rng_state=False)
-            else:
-                result = layer(*state, inputs.offsets)
-            tokens, latents = (result, None) if latents is None else result
-        return tokens, latents
+        lengths = [cut.stop - cut.start for cut in cuts]
+        # All genes at once: the gradient of a look-up is as large as the table.
+        genes = self.embedding.gene(inputs.genes)
+        pieces = (tensor.split(lengths) for tensor in (genes, inputs.counts, log_expected, is_target))
+        return [
+            _as_stream(vectors + activations.run(self.embedding, *counts))
+            for vectors, *counts in zip(*pieces, strict=True)
+        ]
+
+    def _predict(self, tile: Tensor, targets: Tensor, *of_targets: Tensor) -> tuple[Tensor, Tensor]:
+        return self.head(tile[targets], *of_targets)
+
+
+def _targets_by_tile(targets: Tensor, cuts: list[Cut]) -> list[int]:
+    """How many of the targets, ascending, each tile has."""
+    stops = torch.tensor([cut.stop for cut in cuts], dtype=targets.dtype, device=targets.device)
+    upto = [0, *torch.searchsorted(targets, stops).tolist()]
+    return [after - before for before, after in pairwise(upto)]
 
 
 def _as_stream(x: Tensor) -> Tensor:
@@ -113,32 +177,50 @@ def _normed(x: Tensor) -> Tensor:
     return nn.functional.layer_norm(x.float(), x.shape[-1:])
 
 
-def initialize(model: Transformer, loadings: Tensor, seed: int) -> None:
-    """Set the initial weights, on the CPU, from their own generator: the same on every rank and device.
+Whole = Callable[[Iterable[nn.Parameter]], AbstractContextManager[object]]
 
-    loadings (genes, K), mean square norm 1 a gene, say which genes vary together.
+
+def _already_whole(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[object]:
+    return nullcontext()
+
+
+def initialize(model: Transformer, loadings: Tensor, seed: int, whole: Whole = _already_whole) -> None:
+    """Set the initial weights, drawn on the CPU in fp32 from their own generator: the same on every rank and device.
+
+    loadings (genes, K), mean square norm 1 a gene, say which genes vary together. Within whole(parameters) these may
+    be changed, where ranks hold but a part of them.
     """
     generator = torch.Generator().manual_seed(seed)
     depth = len(model.layers)
     lasts = {id(last.weight) for last in last_of_each_branch(model)}
+
+    def draw(parameter: Tensor, std: float) -> None:
+        parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Linear):
                 std = module.in_features**-0.5
                 if id(module.weight) in lasts:
                     std /= math.sqrt(2 * depth)
-                module.weight.normal_(0.0, std, generator=generator)
-                if module.bias is not None:
-                    module.bias.zero_()
+                with whole(module.parameters(recurse=False)):
+                    draw(module.weight, std)
+                    if module.bias is not None:
+                        module.bias.zero_()
             elif isinstance(module, Norm):
-                module.weight.fill_(1.0)
+                with whole(module.parameters(recurse=False)):
+                    module.weight.fill_(1.0)
         embedding = model.embedding
-        embedding.gene.weight.copy_(_initial_gene_vectors(loadings.float(), model.width, generator))
-        embedding.mask.normal_(0.0, 1.0, generator=generator)
+        with whole(embedding.gene.parameters()):
+            embedding.gene.weight.copy_(_initial_gene_vectors(loadings.float(), model.width, generator))
+        with whole([embedding.mask]):
+            draw(embedding.mask, 1.0)
         if model.latents is not None:
-            model.latents.normal_(0.0, 0.02, generator=generator)
-        for parameter in model.head.parameters():
-            parameter.zero_()
+            with whole([model.latents]):
+                draw(model.latents, 0.02)
+        with whole(model.head.parameters()):
+            for parameter in model.head.parameters():
+                parameter.zero_()
 
 
 def _initial_gene_vectors(loadings: Tensor, width: int, generator: torch.Generator) -> Tensor:

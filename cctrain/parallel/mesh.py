@@ -1,4 +1,9 @@
-"""Which process this is, among how many, on which device; and the process group that joins them.
+"""Which process this is, among how many, on which device; and the process groups that join them.
+
+All W ranks form a grid of W / C rows, the data ranks, and C columns, the context ranks. The C ranks of a row share
+each of their contexts; they are consecutive ranks, so that a row lies within a node where C divides the node's ranks.
+
+    rank = data rank · C + context rank
 
 A rank finds itself in the environment that `torchrun`, the `deepspeed` launcher and `cctrain train --ranks`
 set: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. Without them the process is alone.
@@ -8,7 +13,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,11 +25,25 @@ from cctrain.errors import UsageError
 
 @dataclass(frozen=True)
 class Mesh:
-    """Every rank is a data rank."""
+    """This rank's place. `context_group` joins the ranks of its row; None where it is alone there."""
 
     rank: int
     num_ranks: int
     device: torch.device
+    num_context_ranks: int = 1
+    context_group: dist.ProcessGroup | None = None
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank // self.num_context_ranks
+
+    @property
+    def num_data_ranks(self) -> int:
+        return self.num_ranks // self.num_context_ranks
+
+    @property
+    def context_rank(self) -> int:
+        return self.rank % self.num_context_ranks
 
     @property
     def is_first(self) -> bool:
@@ -32,10 +51,11 @@ class Mesh:
 
 
 @contextmanager
-def join_mesh(timeout_seconds: float = 1800.0) -> Iterator[Mesh]:
-    """Join the process group (gloo on CPUs, nccl on GPUs) and leave it together with all ranks.
+def join_mesh(timeout_seconds: float = 1800.0, num_context_ranks: int = 1) -> Iterator[Mesh]:
+    """Join the process groups (gloo on CPUs, nccl on GPUs) and leave them together with all ranks.
 
-    A collective that takes longer than `timeout_seconds` fails.
+    A collective that takes longer than `timeout_seconds` fails. Raises UsageError if the ranks do not divide into
+    rows of `num_context_ranks`.
     """
     device_kind = find_device_kind()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -58,13 +78,30 @@ def join_mesh(timeout_seconds: float = 1800.0) -> Iterator[Mesh]:
         os.environ.update(alone)
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        yield Mesh(rank=dist.get_rank(), num_ranks=dist.get_world_size(), device=device)
+        alone_in_row = Mesh(rank=dist.get_rank(), num_ranks=dist.get_world_size(), device=device)
+        yield arrange(alone_in_row, num_context_ranks)
         # Without this, about half of two-rank gloo runs abort at exit.
         dist.barrier()
     finally:
         dist.destroy_process_group()
         for name in alone:
             del os.environ[name]  # what this process does next, it does not do as a rank
+
+
+def arrange(mesh: Mesh, num_context_ranks: int) -> Mesh:
+    """The same ranks in rows of `num_context_ranks`; all ranks call this. Raises UsageError if they do not divide."""
+    if mesh.num_ranks % num_context_ranks:
+        raise UsageError(
+            f"parallel.context={num_context_ranks} does not divide the {mesh.num_ranks} rank(s): each context is "
+            "shared by that many ranks, so start a multiple of it"
+        )
+    if num_context_ranks == 1:
+        return replace(mesh, num_context_ranks=1, context_group=None)
+    rows = [
+        dist.new_group(list(range(first, first + num_context_ranks)))  # every rank takes part in making every group
+        for first in range(0, mesh.num_ranks, num_context_ranks)
+    ]
+    return replace(mesh, num_context_ranks=num_context_ranks, context_group=rows[mesh.rank // num_context_ranks])
 
 
 def find_device_kind() -> str:
@@ -90,6 +127,13 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
+
+
+def sum_over_context(values: torch.Tensor, mesh: Mesh) -> torch.Tensor:
+    """Summed over the ranks that share this rank's contexts; `values` is changed."""
+    if mesh.context_group is not None:
+        dist.all_reduce(values, group=mesh.context_group)
+    return values
 
 
 def first_rank_says(flag: bool, mesh: Mesh) -> bool:

@@ -227,6 +227,7 @@ def start_facts(attempt: Attempt) -> dict[str, Any]:
         "store_digest": attempt.store.digest,
         "world_size": mesh.num_ranks,
         "device": mesh.device.type,
+        "context_ranks": mesh.num_context_ranks,
         "zero_stage": config.parallel.zero_stage,
         "precision": config.training.precision,
         "threads": torch.get_num_threads(),

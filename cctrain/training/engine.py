@@ -8,7 +8,8 @@ import io
 import logging
 import math
 import warnings
-from contextlib import redirect_stdout
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from typing import Any
 
 import torch
@@ -65,6 +66,33 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     elif precision == "fp16":
         derived["fp16"] = {"enabled": True, "loss_scale": 0}
     return _overlay(derived, config.deepspeed)
+
+
+@contextmanager
+def sharded_if_wanted(config: Config) -> Iterator[None]:
+    """Under ZeRO 3, what is built within is sharded over ranks as it is made: a model may be larger than a device."""
+    if config.parallel.zero_stage < 3:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.Init(config_dict_or_path=deepspeed_config(config)):
+        yield
+
+
+def whole(parameters: Iterable[torch.nn.Parameter]) -> AbstractContextManager[object]:
+    """Within it each rank has all of these parameters, sharded or not. What the first rank makes of them stays."""
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not sharded:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=0)
+
+
+def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    """Of a parameter of which this rank may hold but a part."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def set_learning_rate(engine: Any, value: float) -> None:
@@ -125,7 +153,7 @@ def _optimizer(model: Transformer, config: Config) -> torch.optim.Optimizer:
 
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for parameter in model.parameters():
-        decays = parameter.ndim > 1 and id(parameter) not in tables
+        decays = len(full_shape(parameter)) > 1 and id(parameter) not in tables
         key = (rate(parameter), training.weight_decay if decays else 0.0)
         groups.setdefault(key, []).append(parameter)
     return torch.optim.AdamW(

@@ -10,6 +10,7 @@ from cctrain.errors import CheckpointError
 from cctrain.model.transformer import Transformer, gene_tables
 from cctrain.run_directory import open_run
 from cctrain.training.checkpoint_files import run_weights
+from cctrain.training.engine import full_shape, whole
 
 log = logging.getLogger(__name__)
 
@@ -31,22 +32,25 @@ def start_from(model: Transformer, gene_ids: list[str], source: Path) -> dict[st
         )
     rows, source_rows = (torch.tensor(side) for side in zip(*pairs, strict=True))
     parameters, tables = dict(model.named_parameters()), gene_tables(model)
+    shapes = {name: full_shape(parameter) for name, parameter in parameters.items()}
     misfits = [
-        f"  {name}: {_shape(weights.get(name))} there, {list(parameter.shape)} here"
-        for name, parameter in parameters.items()
-        if name not in weights or weights[name].shape[name in tables :] != parameter.shape[name in tables :]
+        f"  {name}: {_shape(weights.get(name))} there, {list(shape)} here"
+        for name, shape in shapes.items()
+        if name not in weights or weights[name].shape[name in tables :] != shape[name in tables :]
     ]
-    misfits += [f"  {name}: absent here" for name in weights if name not in model.state_dict()]
+    here = {*parameters, *(name for name, _ in model.named_buffers())}
+    misfits += [f"  {name}: absent here" for name in weights if name not in here]
     if misfits:
         raise CheckpointError(
             f"the model of {source} has another shape; give this run the same model section:\n" + "\n".join(misfits[:8])
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
-            if name in tables:
-                parameter[rows] = weights[name][source_rows]
-            else:
-                parameter.copy_(weights[name])
+            with whole([parameter]):
+                if name in tables:
+                    parameter[rows] = weights[name][source_rows].to(parameter.dtype)
+                else:
+                    parameter.copy_(weights[name])
     log.info(
         "weights from %s: %s of %s genes found by id, the others keep their initial vectors",
         source,

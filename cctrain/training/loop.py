@@ -1,7 +1,7 @@
 """The training loop: one optimizer step after another, a journal line for each, a look at held-out cells.
 
 The loss of a step is the sum of the target losses of the whole global batch divided by its number of targets.
-ZeRO averages gradients over the W ranks, so a rank's loss for one micro-batch is
+ZeRO is told nothing of context ranks and averages gradients over all W ranks, so a rank's loss for one micro-batch is
 
     W · (sum of the losses of its own targets) / (targets in the whole global batch)
 
@@ -14,8 +14,8 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -26,11 +26,12 @@ from cctrain.cost.closed_form import step_cost
 from cctrain.data.batches import Batch
 from cctrain.data.loader import Loader, RankStep
 from cctrain.data.order import Order
-from cctrain.errors import DataError
+from cctrain.errors import DataError, TrainingError
 from cctrain.model.transformer import Inputs, Transformer
-from cctrain.parallel.mesh import Mesh, gather_rows, sum_over_ranks
+from cctrain.parallel.mesh import Mesh, gather_rows, sum_over_context, sum_over_ranks
 from cctrain.training.engine import set_learning_rate, take_step
 from cctrain.training.objective import negative_log_likelihood
+from cctrain.training.rank_checks import same_on_all_ranks
 from cctrain.training.schedule import learning_rate
 
 
@@ -81,7 +82,9 @@ def run_steps(
         data_seconds = time.perf_counter() - started
         rate = learning_rate(step, config.training)
         set_learning_rate(engine, rate)
-        result = train_step(engine, config, mesh, rank_step, step, requests)
+        checks = same_on_all_ranks(engine, mesh, rank_step, step) if config.parallel.check_ranks else nullcontext()
+        with checks:
+            result = train_step(engine, config, mesh, rank_step, step, requests)
         result.values.update(learning_rate=rate, step_seconds=time.perf_counter() - started, data_seconds=data_seconds)
         yield result
 
@@ -91,7 +94,8 @@ def train_step(
 ) -> StepResult:
     """One optimizer step over this rank's batches."""
     engine.train()
-    counts = gather_rows(_context_table(rank_step.batches, mesh.device))
+    slices = gather_rows(_slice_table(rank_step.batches, mesh))
+    counts = whole_contexts(slices[:, :4], mesh.num_context_ranks)
     step_targets = int(counts[:, 3].sum())
     scale = mesh.num_ranks / max(1, step_targets)
     local_loss = torch.zeros((), dtype=torch.float64, device=mesh.device)
@@ -115,6 +119,7 @@ def train_step(
         "contexts": len(counts),
         "targets": step_targets,
         "accumulation": len(rank_step.batches),
+        "packing_efficiency": packing_efficiency(slices[:, 2], slices[:, 4], slices[:, 5], mesh.num_ranks),
         "samples": samples_digest(counts[:, :2].cpu().numpy()),
         **step_cost(config.model, tokens, step_targets, config.memory.checkpointing),
     }
@@ -128,16 +133,42 @@ def samples_digest(pairs: np.ndarray) -> str:
     return hashlib.sha256(ordered.astype("<i8").tobytes()).hexdigest()
 
 
-def _context_table(batches: list[Batch], device: torch.device) -> torch.Tensor:
-    """int64 (contexts, 4): position, sample, tokens and targets of each context that this rank runs."""
-    rows = [torch.zeros(0, 4, dtype=torch.int64)]
-    for batch in batches:
+def packing_efficiency(tokens: torch.Tensor, micro_batch: torch.Tensor, rank: torch.Tensor, num_ranks: int) -> float:
+    """The share of the ranks' time that has tokens to work on, if a micro-batch takes as long as its fullest rank.
+
+    int64 (slices,) each. Nothing is padded, so what is missing to 1 is imbalance alone.
+    """
+    if not len(tokens):
+        return 1.0
+    loads = torch.zeros(int(micro_batch.max()) + 1, num_ranks, dtype=torch.int64, device=tokens.device)
+    loads.index_put_((micro_batch, rank), tokens, accumulate=True)
+    return float(loads.sum() / (num_ranks * loads.max(dim=1).values.sum()).clamp(min=1))
+
+
+def whole_contexts(slices: torch.Tensor, num_context_ranks: int) -> torch.Tensor:
+    """int64 (contexts, 4): position, sample, tokens and targets of each context, from those of its slices.
+
+    slices int64 (contexts · C, 4), by rank. Raises TrainingError unless the C ranks of a row ran the same contexts.
+    """
+    contexts, index, times = slices[:, :2].unique(dim=0, return_inverse=True, return_counts=True)
+    if not bool((times == num_context_ranks).all()):
+        odd = contexts[times != num_context_ranks].tolist()
+        raise TrainingError(f"not every slice of these contexts was run, (position, sample): {odd[:8]}")
+    sums = torch.zeros_like(contexts).index_add_(0, index, slices[:, 2:])
+    return torch.cat((contexts, sums), dim=1)
+
+
+def _slice_table(batches: list[Batch], mesh: Mesh) -> torch.Tensor:
+    """int64 (contexts, 6): position, sample; tokens and targets of what this rank holds; micro-batch and rank."""
+    rows = [torch.zeros(0, 6, dtype=torch.int64)]
+    for index, batch in enumerate(batches):
         if not len(batch.samples):
             continue
         targets = np.diff(np.searchsorted(batch.targets, batch.offsets))
-        table = np.stack((batch.positions, batch.samples, np.diff(batch.offsets), targets), axis=1)
+        place = np.full(len(targets), index), np.full(len(targets), mesh.rank)
+        table = np.stack((batch.positions, batch.samples, np.diff(batch.offsets), targets, *place), axis=1)
         rows.append(torch.from_numpy(table))
-    return torch.cat(rows).to(device)
+    return torch.cat(rows).to(mesh.device)
 
 
 @torch.no_grad()
@@ -150,7 +181,7 @@ def evaluate_held_out(
     """
     engine.eval()
     model: Transformer = engine.module
-    sums = np.zeros(3)
+    sums = torch.zeros(3, dtype=torch.float64, device=mesh.device)
     for batch in batches:
         beat("looking at the held-out cells")
         inputs = to_inputs(batch, mesh.device)
@@ -162,16 +193,20 @@ def evaluate_held_out(
         expected = inputs.log_size_factors[inputs.targets].double() + model.log_share[genes].double()
         ours = negative_log_likelihood(counts, log_mu.double(), log_theta.double())
         gene_mean = negative_log_likelihood(counts, expected, model.log_theta[genes].double())
-        bounds = np.searchsorted(batch.targets, batch.offsets)
-        for start, stop in pairwise(bounds):
-            if start < stop:
-                sums += [float(ours[start:stop].mean()), float(gene_mean[start:stop].mean()), 1.0]
-    nll, gene_mean_nll, cells = sum_over_ranks(sums.tolist(), mesh.device)
-    if not cells:
+        cells = torch.from_numpy(np.searchsorted(batch.offsets, batch.targets, side="right") - 1).to(mesh.device)
+        losses = torch.stack((ours, gene_mean, torch.ones_like(ours)), dim=1)
+        by_cell = torch.zeros(len(batch.samples), 3, dtype=torch.float64, device=mesh.device)
+        # The cells that this rank shares with others of its row are whole only now.
+        by_cell = sum_over_context(by_cell.index_add_(0, cells, losses), mesh)
+        by_cell = by_cell[by_cell[:, 2] > 0]
+        sums += (by_cell / by_cell[:, 2:]).sum(dim=0)
+    totals = sum_over_ranks(sums.tolist(), mesh.device)
+    nll, gene_mean_nll, num_cells = (total / mesh.num_context_ranks for total in totals)
+    if not num_cells:
         raise DataError("no gene of the held-out cells is a target: raise objective.target_rate or evaluation.cells")
     return {
-        "nll": nll / cells,
-        "gene_mean_nll": gene_mean_nll / cells,
-        "difference": (nll - gene_mean_nll) / cells,
-        "cells": int(cells),
+        "nll": nll / num_cells,
+        "gene_mean_nll": gene_mean_nll / num_cells,
+        "difference": (nll - gene_mean_nll) / num_cells,
+        "cells": round(num_cells),
     }

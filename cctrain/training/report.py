@@ -94,7 +94,8 @@ def plan(config: Config, mesh: Mesh, store: TokenStore, loader: Loader) -> list[
         f"{parameters:,} parameters",
         f"training: {config.training.steps:,} steps of {config.data.global_batch} contexts "
         f"({contexts / store.num_train:.1f} epochs), {config.training.precision}, "
-        f"ZeRO {stage} on {mesh.num_ranks} {'GPU' if mesh.device.type == 'cuda' else 'CPU'} rank(s)",
+        f"ZeRO {stage} on {mesh.num_ranks} {'GPU' if mesh.device.type == 'cuda' else 'CPU'} rank(s)"
+        + (f", {mesh.num_context_ranks} for each context" if mesh.num_context_ranks > 1 else ""),
         f"memory: {state / 2**20:,.0f} MiB a rank for weights, gradients and optimizer, and the activations of "
         f"{config.data.micro_batch_tokens:,} tokens",
         f"time: {duration(seconds)} at least, at the speed of a plain matrix product here ({rate / 1e9:,.0f} GFLOP/s); "

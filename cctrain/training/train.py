@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +14,11 @@ from cctrain.config import Config
 from cctrain.data.batches import Batch
 from cctrain.data.contexts import ContextRule, target_probability
 from cctrain.data.hashing import hash64
-from cctrain.data.loader import Loader
+from cctrain.data.loader import Loader, Share
 from cctrain.data.store import TokenStore, open_store
 from cctrain.errors import DataError, TrainingError, UsageError
 from cctrain.model.transformer import Transformer, initialize
+from cctrain.parallel.exchange import context_exchange
 from cctrain.parallel.mesh import Mesh, agree_on_errors, first_rank_says, join_mesh
 from cctrain.run_directory import WEIGHTS, log_file
 from cctrain.run_lock import hold_run
@@ -25,7 +26,7 @@ from cctrain.tracking.address import check_configured_uri
 from cctrain.training.attempt import FINISHED, Attempt, Start, follow, recorded, tell_ending
 from cctrain.training.checkpoint import load_checkpoint
 from cctrain.training.checkpoint_files import latest_checkpoint, step_of
-from cctrain.training.engine import build_engine
+from cctrain.training.engine import build_engine, sharded_if_wanted, whole
 from cctrain.training.guards import Ending, StopRequests, Watchdog, clear_outcome, record_crashes, write_outcome
 from cctrain.training.initial_weights import start_from
 from cctrain.training.resume import check_changes, check_checkpoints_are_there, read_past
@@ -49,7 +50,7 @@ def train(config: Config, accept_changes: bool = False) -> int:
     record_crashes(log_file(run_dir, rank))
     with (
         StopRequests(run_dir, is_first=rank == 0) as requests,
-        join_mesh(timeout_seconds=patience + 60) as mesh,
+        join_mesh(patience + 60, config.parallel.context) as mesh,
         run_held(run_dir, mesh),  # which may wait for a lease to run out
         Watchdog(patience, [log_file(run_dir, rank)], rank=rank) as watchdog,
         ending_told(run_dir, mesh, watchdog),
@@ -66,7 +67,7 @@ def run_attempt(config: Config, accept_changes: bool, mesh: Mesh, requests: Stop
             f"{store.path} has no {'training' if store.num_train == 0 else 'held-out'} cells: prepare again"
         )
     config = resolve(config, store)
-    loader = Loader(store, training_rule(config, store), mesh.rank, mesh.num_ranks, config.data.micro_batch_tokens or 0)
+    loader = Loader(store, training_rule(config, store), share_of(mesh), config.data.micro_batch_tokens or 0)
     config.data.micro_batch_tokens = loader.micro_batch_tokens = resolve_micro_batch(config, loader)
     past = read_past(run_dir)
     has_begun = past.attempts > 0 or latest_checkpoint(run_dir) is not None
@@ -80,7 +81,7 @@ def run_attempt(config: Config, accept_changes: bool, mesh: Mesh, requests: Stop
     if mesh.is_first:
         clear_outcome(run_dir)
 
-    model = build_model(config, store)
+    model = build_model(config, store, mesh)
     facts = {"changes": [str(change) for change in changes]} if changes else {}
     if config.model.init_from is not None and latest_checkpoint(run_dir) is None:
         facts |= start_from(model, store.genes.ids.tolist(), Path(config.model.init_from))
@@ -152,14 +153,18 @@ def resolve(config: Config, store: TokenStore) -> Config:
 
 def resolve_micro_batch(config: Config, loader: Loader) -> int:
     """Raises UsageError now if any context of the store would be too long for it, some day."""
-    longest = int(loader.sizes.max())
+    longest, sharing = int(loader.sizes.max()), loader.share.num_context_ranks
     micro_batch = config.data.micro_batch_tokens or max(DEFAULT_MICRO_BATCH_TOKENS, longest)
     if micro_batch < longest:
         raise UsageError(
-            f"a context of up to {longest:,} tokens does not fit data.micro_batch_tokens={micro_batch:,}: "
-            "raise it, or lower data.max_tokens"
+            f"a context of up to {longest:,} tokens {'a rank ' if sharing > 1 else ''}does not fit "
+            f"data.micro_batch_tokens={micro_batch:,}: raise it, or lower data.max_tokens"
         )
     return micro_batch
+
+
+def share_of(mesh: Mesh) -> Share:
+    return Share(mesh.data_rank, mesh.num_data_ranks, mesh.context_rank, mesh.num_context_ranks)
 
 
 def training_rule(config: Config, store: TokenStore) -> ContextRule:
@@ -171,10 +176,15 @@ def context_rule(config: Config, store: TokenStore, purpose: str, max_tokens: in
     return ContextRule(config.run.seed, purpose, probability, store.genes.share, max_tokens)
 
 
-def build_model(config: Config, store: TokenStore) -> Transformer:
+def build_model(config: Config, store: TokenStore, mesh: Mesh | None = None) -> Transformer:
     share, theta = torch.from_numpy(store.genes.share), torch.from_numpy(store.genes.theta)
-    model = Transformer(config.model, share, theta, config.memory.checkpointing)
-    initialize(model, torch.from_numpy(store.genes.loadings), config.run.seed)
+    exchange = None if mesh is None else context_exchange(mesh)
+    capacity = config.data.micro_batch_tokens or 0
+    with sharded_if_wanted(config) if mesh is not None else nullcontext():
+        model = Transformer(config.model, share, theta, config.memory, capacity, exchange)
+    initialize(model, torch.from_numpy(store.genes.loadings), config.run.seed, whole)
+    if config.training.compile:
+        model.compile_token_local()
     return model
 
 
@@ -186,8 +196,7 @@ def held_out_batches(config: Config, store: TokenStore, loader: Loader) -> list[
     look = Loader(
         store,
         replace(loader.rule, purpose="validation"),
-        loader.rank,
-        loader.num_ranks,
+        loader.share,
         loader.micro_batch_tokens,
     )
     return look.batches(chosen, np.zeros(len(chosen), dtype=np.int64))

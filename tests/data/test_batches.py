@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cctrain.data.batches import Batch, deal, pack, packs
+from cctrain.data.batches import Batch, deal, pack, packs, slice_of
 from cctrain.data.contexts import Context
 from cctrain.errors import UsageError
 
@@ -54,6 +54,31 @@ def assert_same(ours: list[Context], theirs: list[Context]) -> None:
 # Packing
 
 SOME = [a_context(1, 4, 2), a_context(2, 7, 0), a_context(3, 1, 1), a_context(4, 5, 5)]
+
+
+@pytest.mark.parametrize("num_context_ranks", [1, 2, 3, 6])
+def test_slices_of_all_context_ranks_are_the_contexts_in_their_order(num_context_ranks):
+    slices = [contexts_of(slice_of(pack(SOME), rank, num_context_ranks)) for rank in range(num_context_ranks)]
+    for whole, *parts in zip(SOME, *slices, strict=True):
+        lengths = [len(part.genes) for part in parts]
+        assert max(lengths) - min(lengths) <= 1  # and 0, where there are more ranks than tokens
+        starts = np.cumsum([0, *lengths[:-1]])
+        targets = np.concatenate([part.targets + start for part, start in zip(parts, starts, strict=True)])
+        assert np.array_equal(targets, whole.targets)
+        for name in ("genes", "counts", "target_counts"):
+            assert np.array_equal(np.concatenate([getattr(part, name) for part in parts]), getattr(whole, name)), name
+        assert {part.log_size_factor for part in parts} == {whole.log_size_factor}
+
+
+def test_a_slice_ends_where_the_next_one_begins_rounded_down():
+    batch = pack([a_context(1, 7, 0)])
+    assert [len(slice_of(batch, rank, 3).genes) for rank in range(3)] == [2, 2, 3]
+
+
+def test_a_token_of_a_slice_keeps_the_cell_it_came_from():
+    second = slice_of(pack(SOME), 1, 2)
+    assert np.array_equal(second.genes // 100, second.cells + 1)
+    assert len(second.log_size_factors) == len(SOME)
 
 
 def test_a_pack_holds_its_contexts_end_to_end_without_padding():

@@ -7,7 +7,7 @@ import pytest
 from cctrain.config import ObjectiveConfig
 from cctrain.data.batches import Batch
 from cctrain.data.contexts import ContextRule, build_context, target_probability
-from cctrain.data.loader import Loader, RankStep
+from cctrain.data.loader import Loader, RankStep, Share
 from cctrain.data.order import Order
 from cctrain.data.store import TokenStore
 
@@ -21,7 +21,7 @@ def a_rule(store: TokenStore, seed: int = 0, purpose: str = "training", max_toke
 
 
 def loader_of(store: TokenStore, rank: int = 0, num_ranks: int = 1, limit: int = 100, **rule) -> Loader:
-    return Loader(store, a_rule(store, **rule), rank, num_ranks, limit)
+    return Loader(store, a_rule(store, **rule), Share(rank, num_ranks), limit)
 
 
 def order_of(store: TokenStore) -> Order:

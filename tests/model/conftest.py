@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from cctrain.config import ModelConfig
+from cctrain.config import MemoryConfig, ModelConfig
 from cctrain.model.transformer import Inputs, Transformer
 
 NUM_GENES = 30
@@ -30,13 +30,17 @@ def randomize(module: nn.Module, seed: int = 0) -> None:
 
 
 def random_model(
-    config: ModelConfig, num_genes: int = NUM_GENES, seed: int = 0, checkpointing: bool = False
+    config: ModelConfig,
+    num_genes: int = NUM_GENES,
+    seed: int = 0,
+    memory: MemoryConfig | None = None,
+    capacity: int = 0,
 ) -> Transformer:
     """In float64."""
     draws = torch.Generator().manual_seed(seed)
     share = torch.rand(num_genes, generator=draws, dtype=torch.float64) + 0.1
     theta = torch.rand(num_genes, generator=draws, dtype=torch.float64) + 0.5
-    model = Transformer(config, share / share.sum(), theta, checkpointing).double()
+    model = Transformer(config, share / share.sum(), theta, memory, capacity).double()
     randomize(model, seed)
     return model
 

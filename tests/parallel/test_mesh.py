@@ -10,12 +10,23 @@ import torch
 from cctrain.errors import UsageError
 from cctrain.launch.local import free_port, rank_environment
 from cctrain.parallel import mesh
-from cctrain.parallel.mesh import find_device_kind, gather_rows, join_mesh, sum_over_ranks
+from cctrain.parallel.exchange import context_exchange
+from cctrain.parallel.mesh import arrange, find_device_kind, gather_rows, join_mesh, sum_over_ranks
 
 TOGETHER = """
 import json, sys
 import torch
-from cctrain.parallel.mesh import gather_rows, join_mesh, sum_over_ranks
+from cctrain.parallel.exchange import context_exchange
+from cctrain.parallel.mesh import arrange, gather_rows, join_mesh, sum_over_context, sum_over_ranks
+
+def places(mesh):
+    return [mesh.data_rank, mesh.num_data_ranks, mesh.context_rank, mesh.num_context_ranks]
+
+def exchanged(mesh):
+    exchange, mine = context_exchange(mesh), torch.tensor([1.0, -1.0]) * (mesh.rank + 1)
+    found = [exchange.gather(mine).tolist(), exchange.sum(mine).tolist(), exchange.max(mine).tolist()]
+    return [exchange.num_shards, *found, mine.tolist()]
+
 with join_mesh() as mesh:
     start, num = [(0, 3), (3, 1)][mesh.rank]
     rows = torch.arange(2 * start, 2 * (start + num)).reshape(num, 2)
@@ -25,6 +36,10 @@ with join_mesh() as mesh:
         "one without": gather_rows(rows[:num * mesh.rank]).tolist(),
         "none at all": list(gather_rows(rows[:0]).shape),
         "sums": sum_over_ranks([1.0 + mesh.rank, 2.0**-40], mesh.device),
+        "rows": [places(arrange(mesh, 1)), places(arrange(mesh, 2))],
+        "exchanged": exchanged(arrange(mesh, 2)),
+        "sum in a row": sum_over_context(torch.tensor([mesh.rank + 1]), arrange(mesh, 2)).item(),
+        "sum alone": sum_over_context(torch.tensor([mesh.rank + 1]), mesh).item(),
     }))
 """
 
@@ -62,6 +77,35 @@ def test_rows_of_unequal_numbers_are_gathered_in_the_order_of_ranks(together):
 @pytest.mark.processes
 def test_sums_over_ranks_keep_64_bits(together):
     assert [found["sums"] for found in together] == [[3.0, 2.0**-39]] * 2
+
+
+@pytest.mark.processes
+def test_ranks_stand_in_rows_of_context_ranks(together):
+    assert together[0]["rows"] == [[0, 2, 0, 1], [0, 1, 0, 2]]
+    assert together[1]["rows"] == [[1, 2, 0, 1], [0, 1, 1, 2]]
+
+
+@pytest.mark.processes
+def test_an_exchange_gathers_in_the_order_of_ranks_and_leaves_what_it_was_given(together):
+    for rank, found in enumerate(together):
+        mine = [1.0 + rank, -1.0 - rank]
+        assert found["exchanged"] == [2, [[1.0, -1.0], [2.0, -2.0]], [3.0, -3.0], [2.0, -1.0], mine]
+
+
+@pytest.mark.processes
+def test_sums_over_a_row_are_those_of_the_ranks_in_it(together):
+    assert [found["sum in a row"] for found in together] == [3, 3]
+    assert [found["sum alone"] for found in together] == [1, 2]
+
+
+def test_a_rank_alone_exchanges_nothing():
+    with join_mesh() as alone:
+        assert context_exchange(alone) is None
+
+
+def test_ranks_that_do_not_divide_into_rows_are_an_error_that_says_so():
+    with join_mesh() as alone, pytest.raises(UsageError, match=r"parallel\.context=2 does not divide the 1 rank"):
+        arrange(alone, 2)
 
 
 def test_a_process_alone_is_its_own_mesh_and_leaves_no_trace(monkeypatch):

@@ -38,6 +38,7 @@ class Case:
     load: Path | None = None  # a run directory to resume from
     poison: tuple[int, ...] = ()  # steps in which the last rank meets a count that is NaN
     omit: tuple[int, ...] = ()  # steps whose batches are passed over
+    mistake: str = ""  # one of `ranks_worker.MISTAKES`, made on purpose
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Result:
     """`lines` are the journal's values of each step as rank 0 saw them; gradient (of step 1, as the optimizer
     met it) and weights are arrays by parameter name; `contexts` is, for each rank and step, how many contexts
     each of its micro-batches held; `look` is the final look at held-out cells; `digests` are of the parameters that
-    each rank ends with."""
+    each rank ends with; `held` is how many elements of the weights each held when the model had been built."""
 
     lines: list[dict[str, Any]]
     contexts: list[list[list[int]]]
@@ -53,6 +54,7 @@ class Result:
     gradient: dict[str, np.ndarray]
     weights: dict[str, np.ndarray]
     digests: list[str]
+    held: list[int]
 
     @property
     def losses(self) -> np.ndarray:
@@ -112,7 +114,12 @@ def run_cases(
             rank.kill()
     tails = "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in logs)
     assert codes == [0] * num_ranks, tails
-    return {case.name: _result(out, case.name, num_ranks) for case in cases}
+    return {case.name: _result(out, case.name, num_ranks) for case in cases if not errors_of(out, case.name)}
+
+
+def errors_of(out: Path, name: str) -> list[str]:
+    """The TrainingError that ended a case, of each rank."""
+    return [path.read_text() for path in sorted(out.glob(f"{name}-error-*.txt"))]
 
 
 def _result(out: Path, name: str, num_ranks: int) -> Result:
@@ -126,4 +133,5 @@ def _result(out: Path, name: str, num_ranks: int) -> Result:
         gradient={key[9:]: value for key, value in found.items() if key.startswith("gradient:")},
         weights={key[8:]: value for key, value in found.items() if key.startswith("weights:")},
         digests=[rank["digest"] for rank in ranks],
+        held=[rank["held"] for rank in ranks],
     )

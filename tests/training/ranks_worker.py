@@ -9,35 +9,53 @@ import logging
 import math
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 
 from cctrain.config import Config, load_config
+from cctrain.data import loader as loader_module
+from cctrain.data.batches import Batch
 from cctrain.data.loader import Loader, RankStep
 from cctrain.data.order import Order
-from cctrain.data.store import open_store
-from cctrain.parallel.mesh import Mesh, join_mesh
+from cctrain.data.store import TokenStore, open_store
+from cctrain.errors import TrainingError
+from cctrain.parallel.exchange import context_exchange
+from cctrain.parallel.mesh import Mesh, arrange, join_mesh, sum_over_ranks
+from cctrain.training import loop, train
 from cctrain.training.checkpoint import load_checkpoint, save_checkpoint
 from cctrain.training.checkpoint_files import FragmentReader, read_manifest
-from cctrain.training.engine import build_engine
+from cctrain.training.engine import build_engine, whole
 from cctrain.training.loop import StepResult, evaluate_held_out, run_steps
-from cctrain.training.train import build_model, held_out_batches, resolve, resolve_micro_batch, training_rule
+from cctrain.training.train import build_model, held_out_batches, resolve, resolve_micro_batch, share_of, training_rule
 
 
 def run_case(case: dict[str, Any], config_path: str, mesh: Mesh, out: Path) -> None:
     config = load_config(Path(config_path), case["overrides"])
+    mesh = arrange(mesh, config.parallel.context)
     store = open_store(Path(config.data.store))
     config = resolve(config, store)
+    try:
+        with MISTAKES[case.get("mistake", "")](mesh):
+            train_case(case, config, store, mesh, out)
+    except TrainingError as error:
+        (out / f"{case['name']}-error-{mesh.rank}.txt").write_text(str(error))
+
+
+def train_case(case: dict[str, Any], config: Config, store: TokenStore, mesh: Mesh, out: Path) -> None:
     rule = training_rule(config, store)
-    loader = PoisonedLoader(store, rule, mesh.rank, mesh.num_ranks, 0)
+    loader = PoisonedLoader(store, rule, share_of(mesh), 0)
     loader.poisoned = case.get("poison", ())
     loader.micro_batch_tokens = config.data.micro_batch_tokens = resolve_micro_batch(config, loader)
     order = Order(store.num_train, store.digest, config.run.seed, config.data.block, config.data.window)
-    model = build_model(config, store)
+    model = build_model(config, store, mesh)
+    held = sum(getattr(parameter, "ds_tensor", parameter).numel() for parameter in model.parameters())
     disturb(model)
     engine = build_engine(model, config, mesh)
     lines, gradient, start = [], {}, {"step": 0, "position": 0}
@@ -56,12 +74,78 @@ def run_case(case: dict[str, Any], config_path: str, mesh: Mesh, out: Path) -> N
     contexts = [[len(batch.samples) for batch in step.batches] for step in steps]
     look = evaluate_held_out(engine, mesh, held_out_batches(config, store, loader))
     weights = {name: tensor.numpy() for name, tensor in full_weights(engine).items()}
-    found = {"lines": lines, "contexts": contexts, "look": look, "digest": digest_of_parameters(engine)}
+    found = {"lines": lines, "contexts": contexts, "look": look, "digest": digest_of_parameters(engine), "held": held}
     (out / f"{case['name']}-rank-{mesh.rank}.json").write_text(json.dumps(found))
     if mesh.is_first:
         arrays = {f"weights:{name}": array for name, array in weights.items()}
         arrays |= {f"gradient:{name}": array for name, array in gradient.items()}
         np.savez(out / f"{case['name']}.npz", **arrays)
+
+
+@contextmanager
+def losses_averaged_by_rank(mesh: Mesh) -> Iterator[None]:
+    """The mean of the ranks' mean losses, in place of the sum over the whole global batch."""
+    step = loop.train_step
+
+    def averaged(engine: Any, config: Config, mesh: Mesh, rank_step: RankStep, *rest: Any) -> StepResult:
+        own = sum(len(batch.targets) for batch in rank_step.batches)
+        [total] = sum_over_ranks([own], mesh.device)
+        backward = engine.backward
+        engine.backward = lambda loss, **how: backward(loss * total / (mesh.num_ranks * own), **how)
+        try:
+            return step(engine, config, mesh, rank_step, *rest)
+        finally:
+            engine.backward = backward
+
+    with patch.object(loop, "train_step", averaged):
+        yield
+
+
+@contextmanager
+def latents_counted_by_every_rank(mesh: Mesh) -> Iterator[None]:
+    """What the replicated latents receive, C times."""
+    exchange = context_exchange(mesh)
+    assert exchange is not None
+    wrong = replace(exchange, sum=lambda x: exchange.num_shards * exchange.sum(x))
+    with patch.object(train, "context_exchange", lambda mesh: wrong):
+        yield
+
+
+@contextmanager
+def a_slice_dropped(mesh: Mesh) -> Iterator[None]:
+    """The second context rank holds no token."""
+    right = loader_module.slice_of
+
+    def dropped(batch: Batch, context_rank: int, num_context_ranks: int) -> Batch:
+        mine = right(batch, context_rank, num_context_ranks)
+        return right(mine, 0, 10**9) if context_rank == 1 else mine
+
+    with patch.object(loader_module, "slice_of", dropped):
+        yield
+
+
+@contextmanager
+def a_rank_disturbed(mesh: Mesh) -> Iterator[None]:
+    """From step 2 on, the last rank's first weight is another in its last bit."""
+    step = loop.train_step
+
+    def disturbed(engine: Any, config: Config, mesh: Mesh, rank_step: RankStep, number: int, *rest: Any) -> StepResult:
+        if number == 2 and mesh.rank == mesh.num_ranks - 1:
+            weight = next(engine.module.parameters()).data.view(-1)
+            weight[0] = torch.nextafter(weight[0], torch.tensor(torch.inf))
+        return step(engine, config, mesh, rank_step, number, *rest)
+
+    with patch.object(loop, "train_step", disturbed):
+        yield
+
+
+MISTAKES = {
+    "a rank disturbed": a_rank_disturbed,
+    "": lambda mesh: nullcontext(),
+    "losses averaged by rank": losses_averaged_by_rank,
+    "latents counted by every rank": latents_counted_by_every_rank,
+    "a slice dropped": a_slice_dropped,
+}
 
 
 class PoisonedLoader(Loader):
@@ -72,7 +156,7 @@ class PoisonedLoader(Loader):
 
     def training_steps(self, *arguments: Any) -> Iterator[RankStep]:
         for number, step in enumerate(super().training_steps(*arguments), start=1):
-            if number in self.poisoned and self.rank == self.num_ranks - 1:
+            if number in self.poisoned and self.share.data_rank == self.share.num_data_ranks - 1:
                 step.batches[0].target_counts[0] = math.nan
             yield step
 
@@ -103,7 +187,8 @@ def disturb(model: torch.nn.Module) -> None:
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+            with whole([parameter]):
+                parameter += (0.1 * torch.randn(parameter.shape, generator=generator)).to(parameter.dtype)
 
 
 def first_gradient(engine: Any, beta1: float) -> dict[str, np.ndarray]:
@@ -147,10 +232,10 @@ def verify_content(engine: Any, mesh: Mesh, checkpoint: Path) -> None:
     manifest = read_manifest(checkpoint)
     reader = FragmentReader(checkpoint, manifest)
     for kind in manifest["kinds"]:
-        for name, whole in whole_state(engine, kind).items():
+        for name, state in whole_state(engine, kind).items():
             if mesh.is_first:
-                saved = reader.read_whole(kind, name, list(whole.shape))
-                assert torch.equal(saved, whole.cpu()), (kind, name)
+                saved = reader.read_whole(kind, name, list(state.shape))
+                assert torch.equal(saved, state.cpu()), (kind, name)
 
 
 def master_of(optimizer: Any, parameter: torch.nn.Parameter) -> torch.Tensor:

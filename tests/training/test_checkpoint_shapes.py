@@ -8,13 +8,15 @@ import pytest
 
 from cctrain.data.store import TokenStore
 from tests.training.conftest import Case, Result, run_cases
-from tests.training.test_ranks import SHARD_ALL, STAGES
+from tests.training.plain import SHARD_ALL, STAGES
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 RANKS = (1, 2, 4)
 SAVED_AT, STEPS = 4, 24
-Shape = tuple[int, int]  # ranks, ZeRO stage
+Way = tuple[int, int]  # ZeRO stage, context ranks
+Shape = tuple[int, Way]  # ranks in all
+ALONE = tuple((stage, 1) for stage in STAGES)
 OPTIONS = (f"training.steps={STEPS}", *SHARD_ALL)
 
 
@@ -27,36 +29,34 @@ def launch(tiny_config: Path, unequal_store: TokenStore, tmp_path: Path):
     return run
 
 
-def saving(launch, num_ranks: int, stages: tuple[int, ...]) -> dict[Shape, Result]:
+def saving(launch, num_ranks: int, ways: tuple[Way, ...]) -> dict[Shape, Result]:
+    shapes = [(num_ranks, way) for way in ways]
     cases = [
-        Case(
-            f"{num_ranks}-{stage}",
-            (*OPTIONS, f"parallel.zero_stage={stage}"),
-            save=run_of(launch, (num_ranks, stage)),
-            save_at=SAVED_AT,
-            verify=True,
-        )
-        for stage in stages
+        Case(named(shape), options(shape), save=launch.folder / f"run-{named(shape)}", save_at=SAVED_AT, verify=True)
+        for shape in shapes
     ]
     found = launch(f"save-{num_ranks}", num_ranks, cases)
-    return {(num_ranks, stage): found[f"{num_ranks}-{stage}"] for stage in stages}
+    return {shape: found[named(shape)] for shape in shapes}
 
 
-def loading(launch, num_ranks: int, pairs: list[tuple[Shape, int]]) -> dict[tuple[Shape, Shape], Result]:
+def loading(launch, num_ranks: int, pairs: list[tuple[Shape, Way]]) -> dict[tuple[Shape, Shape], Result]:
+    both = [(saved, (num_ranks, way)) for saved, way in pairs]
     cases = [
-        Case(
-            f"{saved[0]}-{saved[1]}-to-{num_ranks}-{stage}",
-            (*OPTIONS, f"parallel.zero_stage={stage}"),
-            load=run_of(launch, saved),
-        )
-        for saved, stage in pairs
+        Case(f"{named(saved)}-to-{named(shape)}", options(shape), load=launch.folder / f"run-{named(saved)}")
+        for saved, shape in both
     ]
     found = launch(f"load-{num_ranks}", num_ranks, cases)
-    return {(saved, (num_ranks, stage)): found[case.name] for case, (saved, stage) in zip(cases, pairs, strict=True)}
+    return {pair: found[case.name] for case, pair in zip(cases, both, strict=True)}
 
 
-def run_of(launch, shape: Shape) -> Path:
-    return launch.folder / f"run-{shape[0]}-{shape[1]}"
+def options(shape: Shape) -> tuple[str, ...]:
+    _, (stage, num_context_ranks) = shape
+    return (*OPTIONS, f"parallel.zero_stage={stage}", f"parallel.context={num_context_ranks}")
+
+
+def named(shape: Shape) -> str:
+    num_ranks, (stage, num_context_ranks) = shape
+    return f"{num_ranks}-ranks-zero-{stage}-context-{num_context_ranks}"
 
 
 def agree(saved: dict[Shape, Result], loaded: dict[tuple[Shape, Shape], Result]) -> None:
@@ -76,19 +76,25 @@ def agree(saved: dict[Shape, Result], loaded: dict[tuple[Shape, Shape], Result])
 
 
 @pytest.mark.representative
-def test_a_checkpoint_of_two_ranks_resumes_on_one_and_four_and_at_other_stages(launch):
-    saved = saving(launch, 2, STAGES)
-    on_one = loading(launch, 1, [((2, 0), 3), ((2, 3), 0)])
-    on_two = loading(launch, 2, [((2, stage), stage) for stage in STAGES])
-    on_four = loading(launch, 4, [((2, 1), 2), ((2, 3), 1)])
+def test_a_checkpoint_of_two_ranks_resumes_on_one_and_four_at_other_stages_and_with_shared_contexts(launch):
+    saved = saving(launch, 2, (*ALONE, (2, 2)))
+    on_one = loading(launch, 1, [((2, (0, 1)), (3, 1)), ((2, (3, 1)), (0, 1)), ((2, (2, 2)), (1, 1))])
+    on_two = loading(launch, 2, [*((shape, shape[1]) for shape in saved), ((2, (3, 1)), (1, 2))])
+    on_four = loading(launch, 4, [((2, (1, 1)), (2, 1)), ((2, (3, 1)), (1, 4)), ((2, (2, 2)), (3, 2))])
     agree(saved, on_one | on_two | on_four)
 
 
 def test_every_shape_resumes_on_every_other(launch):
     saved = {}
     for num_ranks in RANKS:
-        saved |= saving(launch, num_ranks, STAGES)
-    shapes = list(product(RANKS, STAGES))
+        saved |= saving(launch, num_ranks, ALONE)
     for num_ranks in RANKS:
-        pairs = [(shape, stage) for shape in shapes for stage in STAGES]
+        pairs = [(shape, way) for shape in product(RANKS, ALONE) for way in ALONE]
         agree(saved, loading(launch, num_ranks, pairs))
+
+
+def test_contexts_shared_by_any_number_of_ranks_resume_on_any_other(launch):
+    ways = [(stage, num_context_ranks) for stage, num_context_ranks in zip(STAGES, (1, 2, 4, 2), strict=True)]
+    saved = saving(launch, 4, tuple(ways))
+    pairs = [((4, way), other) for way in ways for other in ways]
+    agree(saved, loading(launch, 4, pairs) | loading(launch, 1, [((4, way), (1, 1)) for way in ways]))

@@ -1,116 +1,31 @@
 """Ranks × ZeRO stages × accumulation, against plain PyTorch in float64 on the whole global batch at once."""
 
-from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from cctrain.config import Config, load_config
-from cctrain.data.batches import Batch
-from cctrain.data.loader import Loader
-from cctrain.data.order import Order
 from cctrain.data.store import TokenStore
-from cctrain.training.engine import _optimizer, set_learning_rate
-from cctrain.training.loop import samples_digest, to_inputs
-from cctrain.training.objective import negative_log_likelihood
-from cctrain.training.schedule import learning_rate
-from cctrain.training.train import build_model, held_out_batches, resolve, training_rule
+from cctrain.training.train import build_model
 from tests.training.conftest import Case, Result, run_cases
+from tests.training.plain import (
+    STAGES,
+    Reference,
+    assert_same_gradient,
+    assert_same_training,
+    global_batches,
+    target_losses,
+    zero,
+)
 from tests.training.ranks_worker import disturb
 
-STAGES = (0, 1, 2, 3)
 CLIP = 0.05
-# Without this, stage 3 shards no parameter of so small a model; with small buckets stage 2 reduces in several.
-SHARD_ALL = (
-    "deepspeed.zero_optimization.stage3_param_persistence_threshold=0",
-    "deepspeed.zero_optimization.reduce_bucket_size=500",
-)
-ALL_TOKENS = 10**6
-
-
-@dataclass(frozen=True)
-class Plain:
-    """What one process without DeepSpeed computes. gradient (of step 1, before clipping) and weights are float64."""
-
-    losses: np.ndarray
-    norms: np.ndarray
-    samples: list[str]
-    gradient: dict[str, np.ndarray]
-    weights: dict[str, np.ndarray]
-
-
-def plain_training(config: Config, store: TokenStore) -> Plain:
-    """Float64 from the embedding to the last layer, one backward of (sum of the NLL / targets) a step."""
-    training, batches = config.training, global_batches(config, store)
-    model = build_model(config, store)
-    disturb(model)
-    model.double()
-    plain = SimpleNamespace(optimizer=_optimizer(model, config))  # as much of an engine as a learning rate needs
-    losses, norms, samples, gradient = [], [], [], {}
-    for step, batch in enumerate(batches, start=1):
-        loss = target_losses(model, batch).sum() / len(batch.targets)
-        plain.optimizer.zero_grad()
-        loss.backward()
-        if step == 1:
-            gradient = {name: parameter.grad.numpy().copy() for name, parameter in model.named_parameters()}
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip or torch.inf)))
-        set_learning_rate(plain, learning_rate(step, training))
-        plain.optimizer.step()
-        losses.append(loss.item())
-        samples.append(samples_digest(np.stack((batch.positions, batch.samples), axis=1)))
-    weights = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
-    return Plain(np.array(losses), np.array(norms), samples, gradient, weights)
-
-
-def global_batches(config: Config, store: TokenStore) -> list[Batch]:
-    loader = Loader(store, training_rule(config, store), 0, 1, ALL_TOKENS)
-    order = Order(store.num_train, store.digest, config.run.seed, config.data.block, config.data.window)
-    steps = loader.training_steps(order, config.data.global_batch, 0, config.training.steps)
-    return [batch for step in steps for batch in step.batches]
-
-
-def target_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    inputs = to_inputs(batch, torch.device("cpu"))
-    inputs = replace(inputs, counts=inputs.counts.double(), log_size_factors=inputs.log_size_factors.double())
-    log_mu, log_theta = model(inputs)
-    return negative_log_likelihood(torch.from_numpy(batch.target_counts).double(), log_mu.double(), log_theta.double())
-
-
-class Reference:
-    """Configurations and plain trainings, each made once."""
-
-    def __init__(self, path: Path, store: TokenStore):
-        self.path, self.store = path, store
-        self.trained: dict[tuple[str, ...], Plain] = {}
-
-    def config(self, *overrides: str) -> Config:
-        return resolve(load_config(self.path, [f"data.store={self.store.path}", *overrides]), self.store)
-
-    def __call__(self, *overrides: str) -> Plain:
-        if overrides not in self.trained:
-            self.trained[overrides] = plain_training(self.config(*overrides), self.store)
-        return self.trained[overrides]
-
-    def accumulate(self, num_ranks: int, steps: int) -> str:
-        """The micro-batch size with which the first step accumulates `steps` times on so many ranks."""
-        config = self.config()
-        sizes = Loader(self.store, training_rule(config, self.store), 0, 1, 0).sizes
-        step = sizes[global_batches(config, self.store)[0].samples]
-        tokens = int(np.ceil(step.sum() / (num_ranks * steps) * 1.12))
-        assert tokens >= sizes.max(), "the cells are too few or too large to force this accumulation"
-        return f"data.micro_batch_tokens={tokens}"
 
 
 @pytest.fixture(scope="module")
 def reference(tiny_config: Path, unequal_store: TokenStore) -> Reference:
     return Reference(tiny_config, unequal_store)
-
-
-def zero(stage: int) -> tuple[str, ...]:
-    return (f"parallel.zero_stage={stage}", *SHARD_ALL)
 
 
 @pytest.fixture(scope="module")
@@ -145,27 +60,6 @@ def runs(
 
 
 SLOW = ("training.steps=1", "training.learning_rate=3e-6", "training.warmup=0", "training.weight_decay=0.0")
-
-
-def assert_same_training(result: Result, plain: Plain) -> None:
-    assert np.isfinite(result.losses).all()
-    np.testing.assert_allclose(result.losses, plain.losses, rtol=1e-5, atol=0)
-    assert result.column("samples") == plain.samples
-    np.testing.assert_allclose(result.column("grad_norm"), plain.norms, rtol=1e-4)
-    assert result.weights.keys() - {"log_share", "log_theta"} == plain.weights.keys()
-    for name, weight in plain.weights.items():
-        # AdamW turns a gradient that is all rounding into a whole step: a few elements may differ by that much.
-        difference = np.abs(result.weights[name] - weight)
-        assert np.quantile(difference, 0.99) < 1e-4, name
-
-
-def assert_same_gradient(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
-    assert found.keys() == wanted.keys()
-    whole = np.sqrt(sum((gradient**2).sum() for gradient in wanted.values()))
-    for name, gradient in wanted.items():
-        error = np.linalg.norm(found[name] - gradient) / max(np.linalg.norm(gradient), 1e-6 * whole)
-        assert error < 1e-5, f"{name}: {error:.2g}"
-        assert np.any(gradient), f"{name} has no gradient: the comparison would say nothing"
 
 
 @pytest.mark.slow
@@ -268,17 +162,9 @@ def test_bf16_leaves_the_constants_of_the_gene_mean_in_fp32(runs, reference, sta
 @pytest.mark.processes
 @pytest.mark.parametrize("way", ["once", "thrice"])
 def test_the_look_at_held_out_cells_is_the_plain_mean_over_cells_on_any_number_of_ranks(runs, reference, way):
-    config, store = reference.config(), reference.store
-    loader = Loader(store, training_rule(config, store), 0, 1, ALL_TOKENS)
-    [batch] = held_out_batches(config, store, loader)
-    result = runs[f"zero2-{way}"]
-    model = build_model(config, store)
-    model.load_state_dict({name: torch.from_numpy(weight) for name, weight in result.weights.items()})
-    with torch.no_grad():
-        losses = target_losses(model.double(), batch).numpy()
-    cells = np.split(losses, np.searchsorted(batch.targets, batch.offsets)[1:-1])
-    assert result.look["cells"] == len(cells) == store.num_cells - store.num_train > 1
-    assert result.look["nll"] == pytest.approx(np.mean([cell.mean() for cell in cells]), rel=1e-5)
+    look = runs[f"zero2-{way}"].look
+    assert look["cells"] == reference.store.num_cells - reference.store.num_train > 1
+    assert look["nll"] == pytest.approx(reference.look(runs[f"zero2-{way}"]), rel=1e-5)
 
 
 def test_a_mean_of_means_would_be_another_loss(reference):

@@ -9,7 +9,7 @@ import pytest
 
 from cctrain.data.store import TokenStore
 from tests.training.conftest import Case, Result, run_cases
-from tests.training.test_ranks import SHARD_ALL, STAGES
+from tests.training.plain import SHARD_ALL, STAGES
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.representative]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cctrain.config import Config, load_config
-from cctrain.data.loader import Loader
+from cctrain.data.loader import Loader, Share
 from cctrain.data.store import TokenStore
 from cctrain.errors import UsageError
 from cctrain.tracking.journal import read_journal
@@ -47,7 +47,7 @@ def test_defaults_that_depend_on_the_store_are_resolved_and_kept(config, unequal
 
 def test_the_longest_context_must_fit_a_micro_batch(config, unequal_store):
     config = resolve(config, unequal_store)
-    loader = Loader(unequal_store, training_rule(config, unequal_store), 0, 1, 0)
+    loader = Loader(unequal_store, training_rule(config, unequal_store), Share(), 0)
     longest = int(loader.sizes.max())
     config.data.micro_batch_tokens = longest
     assert resolve_micro_batch(config, loader) == longest

@@ -1,0 +1,115 @@
+"""What of a forward is kept for its backward: everything, or only what each stage began with, here or on the host.
+
+A stage is a function of tensors: what happens to one tile of tokens in one layer, say. With checkpointing its inputs
+are kept and the rest is computed again in backward. Then all that grows with depth are the tokens at the start of
+each layer, 4 bytes × tokens × width, and these may wait in host memory.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+LARGE = 2**20  # bytes; what is smaller stays on the device
+
+
+class Activations:
+    """How the stages of one forward are run; each forward makes its own."""
+
+    def __init__(self, checkpointing: bool = False, on_host: bool = False):
+        self.checkpointing = checkpointing
+        self.host = HostStore() if checkpointing and on_host else None
+
+    def run(self, stage: Callable[..., Any], *inputs: Any) -> Any:
+        """stage(*inputs), all of it kept or its inputs alone."""
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            return stage(*inputs)
+        if self.host is None:
+            return checkpoint(stage, *inputs, use_reentrant=False, preserve_rng_state=False)
+        with saved_tensors_hooks(self.host.put, self.host.take):
+            return checkpoint(stage, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+    @contextmanager
+    def layer(self) -> Iterator[None]:
+        """Stages within it may begin with the same tensors, which live until its end: each goes to the host once."""
+        yield
+        if self.host is not None:
+            self.host.parked.clear()
+
+
+class Parked:
+    """A tensor in host memory; `copied` is its copy on the device while one is on its way."""
+
+    def __init__(self, source: Tensor):
+        self.device = source.device
+        self.host = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+        self.copied: Tensor | None = None
+        self.arrived: torch.cuda.Event | None = None
+
+
+class HostStore:
+    """Tensors that leave the device in forward and come back in backward, in the opposite order.
+
+    On a GPU they are copied on a stream of their own, and while one is used the next is on its way. On a CPU there
+    is no other memory: the copies are made all the same, so that a training takes the same path.
+    """
+
+    def __init__(self) -> None:
+        self.parked: dict[tuple[int, torch.Size], Parked] = {}
+        self.order: list[Parked] = []
+        self.stream: torch.cuda.Stream | None = None
+
+    def put(self, tensor: Tensor) -> Tensor | Parked:
+        if tensor.nbytes < LARGE or not tensor.is_floating_point():
+            return tensor
+        key = (tensor.data_ptr(), tensor.shape)
+        parked = self.parked.get(key)
+        if parked is None:
+            parked = self.parked[key] = Parked(tensor)
+            with self._copying(tensor.device):
+                parked.host.copy_(tensor, non_blocking=True)
+                if tensor.is_cuda:
+                    tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        self.order.append(parked)
+        return parked
+
+    def take(self, kept: Tensor | Parked) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        while self.order and self.order.pop() is not kept:
+            pass  # what nothing needed a gradient of
+        self._fetch(kept)
+        if self.order:
+            self._fetch(self.order[-1])
+        tensor, kept.copied = kept.copied, None
+        assert tensor is not None
+        if kept.arrived is not None:
+            now = torch.cuda.current_stream(kept.device)
+            now.wait_event(kept.arrived)
+            tensor.record_stream(now)
+        return tensor
+
+    def _fetch(self, parked: Parked) -> None:
+        if parked.copied is not None:
+            return
+        with self._copying(parked.device):
+            parked.copied = torch.empty_like(parked.host, device=parked.device, pin_memory=False)
+            parked.copied.copy_(parked.host, non_blocking=True)
+            if parked.device.type == "cuda":
+                parked.arrived = torch.cuda.current_stream(parked.device).record_event()
+
+    @contextmanager
+    def _copying(self, device: torch.device) -> Iterator[None]:
+        """What is started within runs beside the computation, after what was started before."""
+        if device.type != "cuda":
+            yield
+            return
+        if self.stream is None:
+            self.stream = torch.cuda.Stream(device)
+        self.stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self.stream):
+            yield
