@@ -1,0 +1,229 @@
+"""What the ranks that share a context send each other, counted, beside ring attention and Ulysses.
+
+    python tools/bench_parallel.py [--ranks 1 2 4] [--lengths 4096 65536 262144] [--latents 64] [--out FILE]
+
+Starts C real processes (gloo, on this machine's cores), runs one criss-cross layer forward and backward on a context
+of n tokens whose slices they hold, and counts the bytes of every collective as PyTorch dispatches it. The layer runs
+with recomputation in backward, which must repeat no collective. Bytes are of one rank, one layer and one context;
+every rank sends as many as it receives. What a collective moves is computed by the bandwidth-optimal algorithms
+(Thakur, Rabenseifner and Gropp 2005; Patarasuk and Yuan 2009), whatever gloo or NCCL do in detail:
+
+    all-gather of s bytes from each rank    s · (C − 1)
+    all-reduce of s bytes                   2 · s · (C − 1) / C
+
+So a criss-cross layer with M latents, width d and H heads moves, in fp32,
+
+    forward     4 · M · (d + H) · (C − 1)         what the latents read, and its log-sum-exp, gathered (up to 8 ranks)
+    backward    8 · M · d · (C − 1) / C           the gradient of what they read, summed
+
+and beside it, for self-attention of the same width over n tokens, at b bytes an element (--element-bytes),
+
+    ring        forward     2 · b · n/C · d · (C − 1)        K and V travel round (Liu, Zaharia and Abbeel 2023)
+                backward    4 · b · n/C · d · (C − 1)        with dK and dV
+    Ulysses     forward     4 · b · n/C · d · (C − 1) / C    Q, K, V and the result change hands (Jacobs et al. 2023)
+                backward    the same                         their gradients
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cctrain.code_version import code_commit
+from cctrain.launch.local import free_port, rank_environment
+from cctrain.model.activations import Activations
+from cctrain.model.layer import CrissCrossLayer
+from cctrain.model.tiles import TILE_TOKENS, cut
+from cctrain.parallel.exchange import context_exchange
+from cctrain.parallel.mesh import Mesh, join_mesh
+
+MINUTES = 30  # that a start of ranks may take
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a layer whose latents are as wide as its tokens."""
+
+    width: int
+    heads: int
+    latents: int
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that a rank sends, and as many that it receives, for one layer and one context."""
+
+    forward: float
+    backward: float
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward
+
+
+def criss_cross(shape: Shape, num_ranks: int) -> Traffic:
+    return Traffic(
+        forward=_gathered(4 * shape.latents * (shape.width + shape.heads), num_ranks),
+        backward=_reduced(4 * shape.latents * shape.width, num_ranks),
+    )
+
+
+def ring(tokens: int, width: int, num_ranks: int, element_bytes: int) -> Traffic:
+    """The least: dK and dV set out one rank after K and V, so that they end at home; often they make a hop more."""
+    keys = element_bytes * tokens / num_ranks * width * (num_ranks - 1)
+    return Traffic(forward=2 * keys, backward=4 * keys)
+
+
+def ulysses(tokens: int, width: int, num_ranks: int, element_bytes: int) -> Traffic:
+    queries = element_bytes * tokens / num_ranks * width * (num_ranks - 1) / num_ranks
+    return Traffic(forward=4 * queries, backward=4 * queries)
+
+
+def _gathered(size: float, num_ranks: int) -> float:
+    return size * (num_ranks - 1)
+
+
+def _reduced(size: float, num_ranks: int) -> float:
+    return 2 * size * (num_ranks - 1) / num_ranks
+
+
+class TrafficCounter(TorchDispatchMode):
+    """Within it, `sent` grows by the bytes that this rank, one of `num_ranks`, sends in collectives among all of them.
+
+    It sees what PyTorch dispatches, through whichever function and in backward too, so nothing goes by uncounted:
+    a collective that it cannot count raises NotImplementedError.
+    """
+
+    def __init__(self, num_ranks: int):
+        super().__init__()
+        self.num_ranks = num_ranks
+        self.sent = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.sent += self._bytes(func.overloadpacket.__name__, args)
+        return func(*args, **(kwargs or {}))
+
+    def _bytes(self, collective: str, args: Any) -> float:
+        if collective == "allreduce_":
+            tensors, *_ = args
+            return _reduced(sum(tensor.nbytes for tensor in tensors), self.num_ranks)
+        if collective == "allgather_":
+            _, mine, *_ = args
+            return _gathered(sum(tensor.nbytes for tensor in mine), self.num_ranks)
+        raise NotImplementedError(f"what a rank sends in {collective} is not known here: add its formula")
+
+
+def count_layer(shape: Shape, tokens: int, mesh: Mesh) -> Traffic:
+    """Run a layer on this rank's slice of a context of `tokens` tokens; all ranks of `mesh` call this, one row."""
+    torch.manual_seed(0)
+    layer = CrissCrossLayer(shape.width, shape.width, shape.heads)
+    latents = torch.randn(1, shape.latents, shape.width, requires_grad=True)
+    bounds = [tokens * rank // mesh.num_ranks for rank in (mesh.rank, mesh.rank + 1)]
+    held = bounds[1] - bounds[0]
+    cuts = cut([0, held], -(-tokens // TILE_TOKENS["cpu"]))
+    tiles = [torch.randn(cut.stop - cut.start, shape.width, requires_grad=True) for cut in cuts]
+    with TrafficCounter(mesh.num_ranks) as forward:
+        new_tiles, new_latents = layer(tiles, latents, cuts, Activations(checkpointing=True), context_exchange(mesh))
+    with TrafficCounter(mesh.num_ranks) as backward:
+        torch.stack([new_latents.sum(), *(tile.sum() for tile in new_tiles)]).sum().backward()
+    return Traffic(forward.sent, backward.sent)
+
+
+def count_traffic(shape: Shape, lengths: list[int], num_ranks: int) -> list[list[Traffic]]:
+    """For each length, what each rank was counted to send; in one start of `num_ranks` processes."""
+    port = free_port()
+    plan = json.dumps({"shape": asdict(shape), "lengths": lengths})
+    command = [sys.executable, "-m", "tools.bench_parallel", plan]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env=rank_environment(rank, num_ranks, port) | {"CUDA_VISIBLE_DEVICES": ""},
+            cwd=Path(__file__).parents[1],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(num_ranks)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=60 * MINUTES)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    if any(rank.returncode for rank in ranks):
+        raise RuntimeError(f"the ranks ended with {[rank.returncode for rank in ranks]}; what they said is above")
+    by_rank = [[Traffic(**counted) for counted in json.loads(output)] for output in outputs]
+    return [list(traffic) for traffic in zip(*by_rank, strict=True)]
+
+
+def be_a_rank(plan: dict[str, Any]) -> None:
+    shape = Shape(**plan["shape"])
+    with join_mesh(num_context_ranks=int(os.environ["WORLD_SIZE"])) as mesh:
+        print(json.dumps([asdict(count_layer(shape, tokens, mesh)) for tokens in plan["lengths"]]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="C, how many share the context")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 65_536, 262_144], help="n, its tokens")
+    parser.add_argument("--width", type=int, default=256, help="d")
+    parser.add_argument("--heads", type=int, default=4, help="H")
+    parser.add_argument("--latents", type=int, default=64, help="M")
+    parser.add_argument("--element-bytes", type=int, default=2, help="b, of ring and Ulysses; 2 is bf16")
+    parser.add_argument("--out", type=Path, help="a JSON file for the result")
+    arguments = parser.parse_args()
+    shape = Shape(arguments.width, arguments.heads, arguments.latents)
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    print(
+        f"Bytes that a rank sends for one layer, forward and backward; width {shape.width}, {shape.heads} heads, "
+        f"{shape.latents} latents\n"
+        f"{'C':>3} {'n':>10} {'criss-cross':>14} {'computed':>14} {'ring':>16} {'Ulysses':>16}",
+        flush=True,
+    )
+    rows = []
+    for num_ranks in arguments.ranks:
+        counts = count_traffic(shape, arguments.lengths, num_ranks)
+        for tokens, counted in zip(arguments.lengths, counts, strict=True):
+            busiest = max(counted, key=lambda traffic: traffic.total)
+            computed = criss_cross(shape, num_ranks)
+            others = [law(tokens, shape.width, num_ranks, arguments.element_bytes) for law in (ring, ulysses)]
+            print(
+                f"{num_ranks:>3} {tokens:>10,} {busiest.total:>14,.0f} {computed.total:>14,.0f} "
+                f"{others[0].total:>16,.0f} {others[1].total:>16,.0f}",
+                flush=True,
+            )
+            rows.append(
+                {
+                    "ranks": num_ranks,
+                    "tokens": tokens,
+                    "counted_by_rank": [asdict(traffic) for traffic in counted],
+                    "computed": asdict(computed),
+                    "ring": asdict(others[0]),
+                    "ulysses": asdict(others[1]),
+                }
+            )
+    if arguments.out is not None:
+        result = {
+            "bytes_sent_by_a_rank_for_a_layer": rows,
+            "shape": asdict(shape),
+            "element_bytes_of_ring_and_ulysses": arguments.element_bytes,
+            "machine": {"cores": os.cpu_count(), "processor": platform.machine(), "torch": torch.__version__},
+            "commit": code_commit(),
+        }
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    if "RANK" in os.environ:
+        be_a_rank(json.loads(sys.argv[1]))
+    else:
+        main()
