@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cctrain.model import attention
-from cctrain.model.activations import Activations
+from cctrain.model.activations import Activations, place
 from cctrain.model.merge import Exchange
 from cctrain.model.tiles import Cut
 
@@ -142,7 +142,8 @@ class CrissCrossLayer(nn.Module):
         found, _ = reading.result(links)
         latents, keys, values = activations.run(self._update, latents, found)
         tiles = [
-            activations.run(self._write, tile, keys, values, cut.offsets) for tile, cut in zip(tiles, cuts, strict=True)
+            place(activations.run(self._write, tile, keys, values, cut.offsets), room)
+            for tile, cut, room in zip(tiles, cuts, activations.rooms(tiles), strict=True)
         ]
         return tiles, latents
 

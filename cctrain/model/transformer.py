@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from cctrain.config import MemoryConfig, ModelConfig
-from cctrain.model.activations import Activations
+from cctrain.model.activations import Activations, place
 from cctrain.model.embedding import TokenEmbedding
 from cctrain.model.head import NegativeBinomialHead
 from cctrain.model.layer import MLP, CrissCrossLayer, DenseLayer, Norm, Read, SelfAttention, Write, finish
@@ -148,14 +148,12 @@ class Transformer(nn.Module):
         is_target = torch.zeros_like(inputs.genes, dtype=torch.bool)
         is_target[inputs.targets] = True
         log_expected = inputs.log_size_factors + self.log_share[inputs.genes]
-        lengths = [cut.stop - cut.start for cut in cuts]
         # All genes at once: the gradient of a look-up is as large as the table.
-        genes = self.embedding.gene(inputs.genes)
-        pieces = (tensor.split(lengths) for tensor in (genes, inputs.counts, log_expected, is_target))
-        return [
-            _as_stream(vectors + activations.run(self.embedding, *counts))
-            for vectors, *counts in zip(*pieces, strict=True)
-        ]
+        lengths = [cut.stop - cut.start for cut in cuts]
+        genes = _as_stream(self.embedding.gene(inputs.genes)).split(lengths)
+        counts = (tensor.split(lengths) for tensor in (inputs.counts, log_expected, is_target))
+        pieces = zip(genes, activations.rooms(list(genes)), *counts, strict=True)
+        return [place(vectors + activations.run(self.embedding, *known), room) for vectors, room, *known in pieces]
 
     def _predict(self, tile: Tensor, targets: Tensor, *of_targets: Tensor) -> tuple[Tensor, Tensor]:
         return self.head(tile[targets], *of_targets)

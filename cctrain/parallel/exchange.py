@@ -4,6 +4,8 @@ What a layer moves is (M · d + M · heads) fp32 numbers a context forward, gath
 nothing that grows with the number of tokens.
 """
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -23,14 +25,8 @@ def context_exchange(mesh: Mesh) -> Exchange | None:
         dist.all_gather(gathered, x, group=group)
         return torch.stack(gathered)
 
-    def reduce(x: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
-        reduced = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(reduced, operation, group=group)
-        return reduced
+    def reduce(operation: dist.ReduceOp.RedOpType, x: Tensor) -> Tensor:
+        dist.all_reduce(x, operation, group=group)
+        return x
 
-    return Exchange(
-        num_shards,
-        gather=lambda x: gather(x.contiguous()),
-        sum=lambda x: reduce(x, dist.ReduceOp.SUM),
-        max=lambda x: reduce(x, dist.ReduceOp.MAX),
-    )
+    return Exchange(num_shards, gather, partial(reduce, dist.ReduceOp.SUM), partial(reduce, dist.ReduceOp.MAX))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from cctrain.config import MemoryConfig
 from cctrain.model import activations
-from cctrain.model.activations import Activations, HostStore
+from cctrain.model.activations import Activations, HostStore, place
 from tests.model.conftest import ATTENTIONS, random_inputs, random_model, small_config
 
 
@@ -52,6 +52,26 @@ def test_two_stages_of_a_layer_that_begin_with_one_tensor_send_it_once():
     assert first is second
     y.sum().backward()
     torch.testing.assert_close(x.grad, 1 - x.tanh() ** 2 + x.cos())
+
+
+def test_tiles_that_are_kept_lie_in_one_piece_of_memory_and_are_the_same_to_autograd():
+    tiles = [torch.randn(length, 6, requires_grad=True) for length in (4, 0, 3)]
+    rooms = Activations(checkpointing=True).rooms(tiles)
+    placed = [place(tile * 2, room) for tile, room in zip(tiles, rooms, strict=True)]
+    assert len({tile.untyped_storage().data_ptr() for tile in placed}) == 1
+    assert placed[0].untyped_storage().nbytes() == 7 * 6 * 4
+    sum(tile.square().sum() for tile in placed).backward()
+    for tile, copy in zip(tiles, placed, strict=True):
+        assert torch.equal(copy, tile * 2)
+        assert torch.equal(tile.grad, 8 * tile)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@torch.no_grad()
+def test_without_a_backward_nothing_is_kept_and_nothing_is_moved(checkpointing):
+    tiles = [torch.randn(4, 6)]
+    assert Activations(checkpointing).rooms(tiles) == [None]
+    assert place(tiles[0], None) is tiles[0]
 
 
 def test_a_tensor_of_a_later_layer_is_never_taken_for_one_that_had_its_place_in_memory():
