@@ -117,7 +117,9 @@ def inspect(
 def train(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/cell.yaml.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it.")] = None,
-    ranks: Annotated[int | None, typer.Option(help="Local processes. Default: one per GPU, or one.", min=1)] = None,
+    ranks: Annotated[
+        int | None, typer.Option(help="Local processes. Default: one per GPU, or parallel.context.", min=1)
+    ] = None,
     accept_changes: Annotated[
         bool, typer.Option("--accept-changes", help="Resume with other steps, learning rate or precision than before.")
     ] = False,
@@ -142,7 +144,7 @@ def train(
         run_dir = Path(loaded.run.dir or "")
         _make_log_folder(run_dir)
         if "RANK" not in os.environ:
-            num_ranks = ranks or _default_ranks()
+            num_ranks = ranks or max(_default_ranks(), loaded.parallel.context)
             if num_ranks > 1:
                 from cctrain.launch.local import run_ranks
 

@@ -149,10 +149,12 @@ class ParallelConfig:
 @dataclass
 class MemoryConfig:
     checkpointing: bool = free("Recompute each layer's activations in backward instead of keeping them.", False)
-    offload: str = free("Where checkpoints of activations wait for backward: `device`, or `host` memory.", "device")
+    offload: str = free(
+        "Where checkpoints of activations wait for backward: `device`, or `host` memory (on GPUs).", "device"
+    )
     tile_tokens: int | None = free(
-        "Tokens that go through a layer's token-local part at a time; its peak memory follows. Default: 4,096 on "
-        "CPUs, where a tile then stays in the cache, and 65,536 on GPUs.",
+        "Tokens that go through a criss-cross layer at a time; its peak memory follows. Default: 4,096 on CPUs, where "
+        "a tile then stays in the cache, and 65,536 on GPUs. In bf16, many tiles round a weight's gradient more.",
         None,
     )
 

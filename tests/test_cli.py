@@ -192,7 +192,9 @@ def test_a_run_leaves_a_journal_with_every_key_and_weights_that_load(trained):
     run = open_run(trained.run)
     weights = load_file(run.path / "weights.safetensors")
     assert {array.dtype for array in weights.values()} == {np.dtype(np.float32)}
+    run.config.model.backend = "flash_cuda"  # what trained a run need not be there when it is used
     model = load_model(run)
+    assert {layer.backend for layer in model.layers} == {"auto"}
     assert sum(p.numel() for p in model.parameters()) + 2 * len(store.genes.ids) == sum(
         a.size for a in weights.values()
     )

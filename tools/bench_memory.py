@@ -100,7 +100,8 @@ def in_a_process(**row: Any) -> dict[str, Any]:
     # Freed memory goes back at once, so that what is in use is what the process holds.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     command = [sys.executable, "-m", "tools.bench_memory", "--row", json.dumps(row)]
-    return json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
+    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], check=True, stdout=subprocess.PIPE)
+    return json.loads(done.stdout)
 
 
 def measure(tokens: int, depth: int, width: int, latents: int, offload: str, device: str) -> dict[str, Any]:

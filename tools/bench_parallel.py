@@ -41,7 +41,7 @@ from cctrain.code_version import code_commit
 from cctrain.launch.local import free_port, rank_environment
 from cctrain.model.activations import Activations
 from cctrain.model.layer import CrissCrossLayer
-from cctrain.model.tiles import TILE_TOKENS, cut
+from cctrain.model.tiles import TILE_TOKENS, cut_into_tiles
 from cctrain.parallel.exchange import context_exchange
 from cctrain.parallel.mesh import Mesh, join_mesh
 
@@ -129,7 +129,7 @@ def count_layer(shape: Shape, tokens: int, mesh: Mesh) -> Traffic:
     latents = torch.randn(1, shape.latents, shape.width, requires_grad=True)
     bounds = [tokens * rank // mesh.num_ranks for rank in (mesh.rank, mesh.rank + 1)]
     held = bounds[1] - bounds[0]
-    cuts = cut([0, held], -(-tokens // TILE_TOKENS["cpu"]))
+    cuts = cut_into_tiles([0, held], -(-tokens // TILE_TOKENS["cpu"]))
     tiles = [torch.randn(cut.stop - cut.start, shape.width, requires_grad=True) for cut in cuts]
     with TrafficCounter(mesh.num_ranks) as forward:
         new_tiles, new_latents = layer(tiles, latents, cuts, Activations(checkpointing=True), context_exchange(mesh))

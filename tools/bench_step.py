@@ -55,7 +55,7 @@ from cctrain.config import MemoryConfig, ModelConfig
 from cctrain.cost.closed_form import num_parameters, step_cost
 from cctrain.model import attention
 from cctrain.model.activations import Activations
-from cctrain.model.tiles import TILE_TOKENS, cut
+from cctrain.model.tiles import TILE_TOKENS, cut_into_tiles
 from cctrain.model.transformer import Inputs, Transformer, initialize
 from cctrain.parallel.mesh import find_device_kind
 from cctrain.training.objective import negative_log_likelihood
@@ -345,7 +345,7 @@ def attention_of_a_layer(model: ModelConfig, tokens: int, setting: Setting) -> C
         inputs, gradient = [random(tokens) for _ in range(3)], random(tokens)
         return lambda: activations.run(attend, *inputs, [0, tokens]).backward(gradient)
 
-    cuts = cut([0, tokens], -(-tokens // (setting.memory.tile_tokens or TILE_TOKENS[setting.device])))
+    cuts = cut_into_tiles([0, tokens], -(-tokens // (setting.memory.tile_tokens or TILE_TOKENS[setting.device])))
     tile_queries, tile_keys, tile_values, gradients = ([random(c.stop - c.start) for c in cuts] for _ in range(4))
     queries, keys, values, gradient = (random(1, model.latents) for _ in range(4))
     write = partial(attention.write, backend=model.backend)

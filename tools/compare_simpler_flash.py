@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from cctrain.code_version import code_commit
 from cctrain.model.activations import Activations
 from cctrain.model.layer import CrissCrossLayer
-from cctrain.model.tiles import cut
+from cctrain.model.tiles import cut_into_tiles
 
 VERSION = "1.3.5"
 INSTALL = f"pip install --no-deps simpler-flash=={VERSION} einops"
@@ -115,7 +115,7 @@ class OurStack(nn.Module):
 
     def forward(self, tokens: Tensor, offsets: list[int]) -> Tensor:
         latents = self.latents.expand(len(offsets) - 1, -1, -1)
-        tiles, whole = [tokens], cut(offsets, num_tiles=1)
+        tiles, whole = [tokens], cut_into_tiles(offsets, num_tiles=1)
         for layer in self.layers:
             tiles, latents = layer(tiles, latents, whole, Activations())
         return tiles[0]

@@ -1,6 +1,7 @@
 """A trained model on packs of contexts: predictions of targets, embeddings of cells; one process, no gradients."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,7 +20,8 @@ TOKENS_AT_ONCE = 32_768
 
 def load_model(run: TrainedRun) -> Transformer:
     """A run's model in fp32 on the host: with its final weights, or those of its latest checkpoint."""
-    return model_with_weights(run.config.model, run_weights(run.path), run.path)
+    shape = replace(run.config.model, backend="auto")  # what trained it may not run here
+    return model_with_weights(shape, run_weights(run.path), run.path)
 
 
 def predict_targets(model: Transformer, contexts: Iterable[Context]) -> Prediction:

@@ -12,7 +12,7 @@ Forward FLOPs of one layer for one context of n tokens, with M latents, width d 
 Embedding: 2·n·(2·d + d²) for the count encoding. Head: 2·d² + 4·d per target. Backward is twice forward, and the
 attention kernels compute the scores once more there. Checkpointing repeats the forward of the layers, but for the
 read, whose result is kept, and for the last product of each stage, which backward does not need. Norms, activations
-and the loss are not counted.
+and the loss are not counted, nor is it that every context rank repeats the latents' part.
 """
 
 from dataclasses import dataclass

@@ -20,8 +20,8 @@ from cctrain.config import Config, load_config, to_yaml
 from cctrain.data.store import TokenStore, open_store
 from cctrain.errors import UsageError
 from cctrain.launch.passwords import check_no_secrets, without_secrets
-from cctrain.launch.profile import load_profile
-from cctrain.launch.script import Request, render
+from cctrain.launch.profile import Profile, load_profile
+from cctrain.launch.script import Request, render, resources
 from cctrain.launch.submissions import ask_slurm, is_over, jobs_of, read_submissions, record_submission, require, slurm
 from cctrain.run_directory import write_atomically
 from cctrain.tracking.address import resolve_uri
@@ -51,6 +51,7 @@ def submit(
     frozen = to_yaml(config)
     check_no_secrets(frozen, f"the configuration ({config_path}, with the overrides)")
     check_run(run_dir, config, store, accept_changes)
+    check_rows(config, profile, request)
 
     former = read_submissions(run_dir)
     folder = run_dir / "slurm" / f"submission-{len(former) + 1}"
@@ -103,6 +104,20 @@ def check_run(run_dir: Path, config: Config, store: TokenStore, accept_changes: 
         from cctrain.training.train import resolve
 
         check_changes(run_dir, resolve(config, store), accept_changes)
+
+
+def check_rows(config: Config, profile: Profile, request: Request) -> None:
+    """Each context is shared by parallel.context ranks, on any number of nodes that Slurm may give."""
+    if config.parallel.context == 1:
+        return
+    sbatch, ranks_per_node = resources(profile, request)
+    fewest, _, most = str(sbatch["nodes"]).partition("-")
+    for nodes in range(int(fewest), int(most or fewest) + 1):
+        if nodes * ranks_per_node % config.parallel.context:
+            raise UsageError(
+                f"parallel.context={config.parallel.context} does not divide the {nodes * ranks_per_node} rank(s) of "
+                f"{nodes} node(s): ask for other --nodes, or for other ranks on each (--ranks-per-node)"
+            )
 
 
 def refuse_if_submitted(run_dir: Path, former: list[dict[str, Any]]) -> None:

@@ -19,7 +19,7 @@ class Cut:
     offsets: list[int]
 
 
-def cut(offsets: list[int], num_tiles: int) -> list[Cut]:
+def cut_into_tiles(offsets: list[int], num_tiles: int) -> list[Cut]:
     """Tiles as equal as can be, wherever contexts begin and end; they may be empty."""
     total = offsets[-1]
     bounds = [total * tile // num_tiles for tile in range(num_tiles + 1)]

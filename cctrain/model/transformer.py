@@ -29,7 +29,7 @@ from cctrain.model.embedding import TokenEmbedding
 from cctrain.model.head import NegativeBinomialHead
 from cctrain.model.layer import MLP, CrissCrossLayer, DenseLayer, Norm, Read, SelfAttention, Write, finish
 from cctrain.model.merge import Exchange
-from cctrain.model.tiles import TILE_TOKENS, Cut, cut
+from cctrain.model.tiles import TILE_TOKENS, Cut, cut_into_tiles
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Transformer(nn.Module):
 
     def _cut(self, inputs: Inputs) -> list[Cut]:
         tile_tokens = self.memory.tile_tokens or TILE_TOKENS[inputs.genes.device.type]
-        return cut(inputs.offsets, -(-max(inputs.offsets[-1], self.capacity, 1) // tile_tokens))
+        return cut_into_tiles(inputs.offsets, -(-max(inputs.offsets[-1], self.capacity, 1) // tile_tokens))
 
     def _activations(self) -> Activations:
         return Activations(self.memory.checkpointing, self.memory.offload == "host")

@@ -79,7 +79,7 @@ def join_mesh(timeout_seconds: float = 1800.0, num_context_ranks: int = 1) -> It
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         alone_in_row = Mesh(rank=dist.get_rank(), num_ranks=dist.get_world_size(), device=device)
-        yield arrange(alone_in_row, num_context_ranks)
+        yield arrange(alone_in_row, num_context_ranks, timeout_seconds)
         # Without this, about half of two-rank gloo runs abort at exit.
         dist.barrier()
     finally:
@@ -88,17 +88,18 @@ def join_mesh(timeout_seconds: float = 1800.0, num_context_ranks: int = 1) -> It
             del os.environ[name]  # what this process does next, it does not do as a rank
 
 
-def arrange(mesh: Mesh, num_context_ranks: int) -> Mesh:
+def arrange(mesh: Mesh, num_context_ranks: int, timeout_seconds: float = 1800.0) -> Mesh:
     """The same ranks in rows of `num_context_ranks`; all ranks call this. Raises UsageError if they do not divide."""
     if mesh.num_ranks % num_context_ranks:
         raise UsageError(
             f"parallel.context={num_context_ranks} does not divide the {mesh.num_ranks} rank(s): each context is "
-            "shared by that many ranks, so start a multiple of it"
+            "shared by that many ranks, so start a multiple of it (--ranks)"
         )
     if num_context_ranks == 1:
         return replace(mesh, num_context_ranks=1, context_group=None)
-    rows = [
-        dist.new_group(list(range(first, first + num_context_ranks)))  # every rank takes part in making every group
+    timeout = timedelta(seconds=timeout_seconds)
+    rows = [  # every rank takes part in making every group
+        dist.new_group(list(range(first, first + num_context_ranks)), timeout=timeout)
         for first in range(0, mesh.num_ranks, num_context_ranks)
     ]
     return replace(mesh, num_context_ranks=num_context_ranks, context_group=rows[mesh.rank // num_context_ranks])

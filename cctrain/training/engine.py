@@ -16,26 +16,27 @@ import torch
 
 from cctrain.config import Config
 from cctrain.errors import UsageError
+from cctrain.model.kernels.choice import choose
 from cctrain.model.transformer import Transformer, gene_tables, last_of_each_branch
 from cctrain.parallel.mesh import Mesh
 from cctrain.training.sharded_state import unsharded_masters
 
 log = logging.getLogger(__name__)
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def build_engine(model: Transformer, config: Config, mesh: Mesh) -> Any:
     """Wrap the model; every parameter is trained. The model must hold the same weights on every rank."""
-    import deepspeed
-
-    # The shared-memory all-reduce is compiled at first use, for a minute, and training dies without a compiler.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if config.training.precision == "fp16" and mesh.device.type != "cuda":
         raise UsageError("training.precision=fp16 needs a GPU: use bf16 or fp32 on CPUs")
+    shape = config.model.heads, config.model.width // config.model.heads
+    choose(config.model.backend, torch.empty(1, *shape, dtype=DTYPES[config.training.precision], device=mesh.device))
     model.to(mesh.device)
     # DeepSpeed's own calls, at every step of every rank.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
     with redirect_stdout(io.StringIO()) as said:  # dozens of lines about memory, on standard output
-        engine, *_ = deepspeed.initialize(
+        engine, *_ = _deepspeed().initialize(
             model=model,
             optimizer=_optimizer(model, config),
             config=deepspeed_config(config),
@@ -74,20 +75,22 @@ def sharded_if_wanted(config: Config) -> Iterator[None]:
     if config.parallel.zero_stage < 3:
         yield
         return
-    import deepspeed
-
-    with deepspeed.zero.Init(config_dict_or_path=deepspeed_config(config)):
+    with redirect_stdout(io.StringIO()), _deepspeed().zero.Init(config_dict_or_path=deepspeed_config(config)):
         yield
 
 
 def whole(parameters: Iterable[torch.nn.Parameter]) -> AbstractContextManager[object]:
     """Within it each rank has all of these parameters, sharded or not. What the first rank makes of them stays."""
     sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
-    if not sharded:
-        return nullcontext()
+    return _deepspeed().zero.GatheredParameters(sharded, modifier_rank=0) if sharded else nullcontext()
+
+
+def _deepspeed() -> Any:
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=0)
+    # The shared-memory all-reduce is compiled at first use, for a minute, and training dies without a compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
 
 
 def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:

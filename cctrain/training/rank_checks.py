@@ -39,14 +39,14 @@ def same_on_all_ranks(engine: Any, mesh: Mesh, rank_step: RankStep, step: int) -
     if engine.zero_optimization_stage() < 3:
         of_all |= {f"the weight {name}": checksum(weight) for name, weight in model.named_parameters()}
     values = torch.tensor([*of_all.values(), *of_row.values()], dtype=torch.int64, device=mesh.device)
-    everyone = gather_rows(values.unsqueeze(0))
-    row = everyone[mesh.data_rank * mesh.num_context_ranks :][: mesh.num_context_ranks]
-    same = torch.cat(((everyone == everyone[0]).all(dim=0)[: len(of_all)], (row == row[0]).all(dim=0)[len(of_all) :]))
-    differing = [name for name, is_same in zip((*of_all, *of_row), same.tolist(), strict=True) if not is_same]
-    others = gather_rows(torch.tensor([[len(differing)]], dtype=torch.int64, device=mesh.device))
-    if bool(others.any()):
-        where = ", ".join(differing[:8]) or "not on this one"
-        raise TrainingError(f"the ranks have diverged at step {step}: {where} (rank {mesh.rank})")
+    everyone = gather_rows(values.unsqueeze(0)).unflatten(0, (-1, mesh.num_context_ranks))  # row, rank in it, value
+    differs = torch.cat(
+        ((everyone != everyone[:1, :1])[..., : len(of_all)], (everyone != everyone[:, :1])[..., len(of_all) :]), dim=2
+    )
+    names = [*of_all, *of_row]
+    found = [f"{names[place]} on rank {rank}" for rank, place in differs.flatten(0, 1).nonzero().tolist()]
+    if found:
+        raise TrainingError(f"the ranks have diverged at step {step}: {', '.join(found[:8])}")
 
 
 def checksum(tensor: Tensor) -> int:

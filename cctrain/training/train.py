@@ -126,7 +126,12 @@ def ending_told(run_dir: Path, mesh: Mesh, watchdog: Watchdog) -> Iterator[None]
     if not mesh.is_first:
         yield
         return
-    watchdog.last_words = lambda reason: tell_ending(run_dir, TrainingError(reason))
+
+    def tell_hang(reason: str) -> None:
+        clear_outcome(run_dir)
+        tell_ending(run_dir, TrainingError(reason))
+
+    watchdog.last_words = tell_hang
     try:
         yield
     except BaseException as error:

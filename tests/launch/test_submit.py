@@ -36,9 +36,9 @@ def slurm(folder: Path, cluster: dict[str, str], monkeypatch: pytest.MonkeyPatch
     return folder
 
 
-def held(run: str = "runs/a", *overrides: str, **options) -> dict:
+def held(run: str = "runs/a", *overrides: str, nodes: str | None = None, **options) -> dict:
     words = [f"run.dir={run}", *overrides]
-    return submit(Path("tiny.yaml"), words, "held.yaml", Request(ranks_per_node=2), **options)
+    return submit(Path("tiny.yaml"), words, "held.yaml", Request(nodes, ranks_per_node=2), **options)
 
 
 def files_of(run_dir: Path) -> dict[str, str]:
@@ -108,6 +108,13 @@ def test_changed_keys_of_a_run_that_has_begun_are_refused_at_once(folder, tiny_s
         held("runs/a", "training.steps=7", dry_run=True)
     text = held("runs/a", "training.steps=7", dry_run=True, accept_changes=True)["text"]
     assert "train_options=(--accept-changes)" in text
+
+
+@pytest.mark.parametrize("nodes", ["1", "1-2", "2-3"])
+def test_ranks_that_do_not_divide_into_rows_of_context_ranks_are_refused_before_a_job_waits_for_them(folder, nodes):
+    with pytest.raises(UsageError, match=r"parallel\.context=4 does not divide the [26] rank\(s\) of [13] node"):
+        held("runs/a", "parallel.context=4", nodes=nodes, dry_run=True)
+    assert held("runs/a", "parallel.context=4", nodes="2", dry_run=True)["jobs"] == []
 
 
 def test_a_chain_that_is_refused_half_way_is_recorded_as_far_as_it_is_queued(folder, fake_command):

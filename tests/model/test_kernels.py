@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cctrain.model.kernels import flash_cpu, flash_cuda
-from cctrain.model.kernels.folded import Stock, cut, fold
+from cctrain.model.kernels.folded import Stock, cut_into_chunks, fold
 from tests.model.attention_reference import KINDS, Case, case, expected, largest_error
 
 
@@ -40,7 +40,7 @@ def test_contexts_are_cut_into_even_chunks_no_larger_than_asked_for(lengths, siz
     offsets = [0]
     for length in lengths:
         offsets.append(offsets[-1] + length)
-    chunks = cut(offsets, size)
+    chunks = cut_into_chunks(offsets, size)
     sizes = [stop - start for start, stop in pairwise(chunks.bounds)]
     assert chunks.counts == [-(-length // size) for length in lengths]
     for length, count in zip(lengths, chunks.counts, strict=True):

@@ -6,7 +6,7 @@ import torch
 
 from cctrain.model.activations import Activations
 from cctrain.model.layer import CrissCrossLayer, DenseLayer
-from cctrain.model.tiles import cut
+from cctrain.model.tiles import cut_into_tiles
 from tests.model import reference
 from tests.model.conftest import randomize
 
@@ -33,13 +33,13 @@ def criss_cross(shape: tuple[int, int, int, int], seed: int) -> tuple[CrissCross
 
 def run(layer: CrissCrossLayer, tokens: torch.Tensor, latents: torch.Tensor, offsets: list[int], num_tiles: int = 1):
     """New tokens and latents, by way of so many tiles."""
-    cuts = cut(offsets, num_tiles)
+    cuts = cut_into_tiles(offsets, num_tiles)
     tiles, latents = layer([tokens[c.start : c.stop] for c in cuts], latents, cuts, Activations())
     return torch.cat(tiles), latents
 
 
 def run_dense(layer: DenseLayer, tokens: torch.Tensor, offsets: list[int], num_tiles: int = 1) -> torch.Tensor:
-    tiles = [tokens[c.start : c.stop] for c in cut(offsets, num_tiles)]
+    tiles = [tokens[c.start : c.stop] for c in cut_into_tiles(offsets, num_tiles)]
     return torch.cat(layer(tiles, offsets, Activations()))
 
 

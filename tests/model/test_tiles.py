@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cctrain.config import MemoryConfig
-from cctrain.model.tiles import cut
+from cctrain.model.tiles import cut_into_tiles
 from tests.model.conftest import ATTENTIONS, random_inputs, random_model, relative_error, small_config
 
 OFFSETS = [0, 7, 7, 8, 30]
@@ -12,7 +12,7 @@ OFFSETS = [0, 7, 7, 8, 30]
 
 @pytest.mark.parametrize("num_tiles", [1, 2, 7, 30, 41])
 def test_tiles_cover_the_pack_in_order_and_are_as_equal_as_can_be(num_tiles):
-    cuts = cut(OFFSETS, num_tiles)
+    cuts = cut_into_tiles(OFFSETS, num_tiles)
     assert [cut.start for cut in cuts] == [0, *(cut.stop for cut in cuts[:-1])]
     assert len(cuts) == num_tiles
     assert cuts[-1].stop == 30
@@ -22,7 +22,7 @@ def test_tiles_cover_the_pack_in_order_and_are_as_equal_as_can_be(num_tiles):
 
 @pytest.mark.parametrize("num_tiles", [1, 2, 7, 41])
 def test_a_tile_knows_which_of_its_tokens_belong_to_which_context(num_tiles):
-    for tile in cut(OFFSETS, num_tiles):
+    for tile in cut_into_tiles(OFFSETS, num_tiles):
         owners = [context for context, (start, stop) in enumerate(pairwise(tile.offsets)) for _ in range(start, stop)]
         assert owners == [sum(token >= offset for offset in OFFSETS[1:]) for token in range(tile.start, tile.stop)]
 

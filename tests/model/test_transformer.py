@@ -13,7 +13,7 @@ from cctrain.apply.targets import TargetSet
 from cctrain.config import MemoryConfig
 from cctrain.data.contexts import ContextRule, build_context
 from cctrain.model.activations import Activations
-from cctrain.model.tiles import cut
+from cctrain.model.tiles import cut_into_tiles
 from cctrain.model.transformer import Inputs, Transformer, initialize
 from cctrain.training.objective import negative_log_likelihood
 from tests.model.conftest import (
@@ -104,7 +104,7 @@ def test_gradients_with_respect_to_another_context_are_exactly_zero(attention):
     first = torch.randn(25, 16, generator=draws, dtype=torch.float64).requires_grad_()
     first_latents = torch.randn(4, 5, 12, generator=draws, dtype=torch.float64).requires_grad_()
     starts = [first] if attention == "dense" else [first, first_latents]
-    cuts = cut(inputs.offsets, 4)
+    cuts = cut_into_tiles(inputs.offsets, 4)
     tiles, latents = list(first.split([cut.stop - cut.start for cut in cuts])), first_latents
     for layer in model.layers:
         if attention == "dense":

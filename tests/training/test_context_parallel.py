@@ -37,6 +37,7 @@ def pairs(reference: Reference, pairs_folder: Path) -> dict[str, Result]:
         Case("sharded", (*base, *zero(3), *TILES, *RECOMPUTED)),
         Case("replicated", (*base, *zero(1), "parallel.check_ranks=true")),
         Case("one context", (*base, *zero(2), "data.global_batch=1")),
+        Case("bf16", (*base, *zero(1), *TILES, *RECOMPUTED, "training.precision=bf16")),
         *(Case(mistake, (*base, *zero(1)), mistake=mistake) for mistake in MISTAKES),
         Case("diverged", (*base, *zero(0), "parallel.check_ranks=true"), mistake="a rank disturbed"),
     ]
@@ -49,6 +50,12 @@ def test_two_ranks_that_share_every_context_train_like_plain_pytorch(pairs, refe
     assert 2 in pairs[name].column("accumulation")
     assert_same_training(pairs[name], reference(*SHORT))
     assert_same_gradient(pairs[name].gradient, reference(*SHORT).gradient)
+
+
+@pytest.mark.representative
+def test_bf16_stays_close_to_fp32_with_shared_contexts_tiles_and_recomputation(pairs, reference):
+    assert pairs["bf16"].column("samples") == reference(*SHORT).samples
+    np.testing.assert_allclose(pairs["bf16"].losses, reference(*SHORT).losses, rtol=1e-2)
 
 
 @pytest.mark.representative
@@ -79,6 +86,7 @@ def test_a_weight_that_differs_in_its_last_bit_is_named_at_once_where_ranks_are_
     assert len(errors) == 2
     for error in errors:
         assert "diverged at step 2" in error
+        assert "on rank 1" in error
         assert "the weight latents" in error or "the weight embedding" in error
 
 

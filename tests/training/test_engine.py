@@ -6,8 +6,8 @@ import torch
 from cctrain.config import Config, ModelConfig
 from cctrain.errors import UsageError
 from cctrain.model.transformer import Transformer
-from cctrain.parallel.mesh import Mesh
-from cctrain.training.engine import _optimizer, build_engine, deepspeed_config, set_learning_rate
+from cctrain.parallel.mesh import Mesh, join_mesh
+from cctrain.training.engine import _optimizer, build_engine, deepspeed_config, set_learning_rate, sharded_if_wanted
 
 CPU = Mesh(rank=0, num_ranks=1, device=torch.device("cpu"))
 
@@ -33,6 +33,23 @@ def test_the_stage_and_the_precision_reach_deepspeed(stage, precision):
     assert derived["zero_optimization"]["stage"] == stage
     enabled = {key for key in ("bf16", "fp16") if derived.get(key, {}).get("enabled")}
     assert enabled == {precision} - {"fp32"}
+
+
+def test_building_a_sharded_model_compiles_no_shared_memory_operation(monkeypatch):
+    import deepspeed
+
+    monkeypatch.setitem(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", True)
+    config = Config()
+    config.parallel.zero_stage = 3
+    with join_mesh(), sharded_if_wanted(config):
+        assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
+
+
+def test_a_backend_that_cannot_run_here_is_refused_before_anything_is_written():
+    config = Config()
+    config.model = ModelConfig(width=8, depth=1, heads=2, latents=2, backend="flash_cuda")
+    with pytest.raises(UsageError, match=r"'flash_cuda' cannot run on torch\.float32 on cpu"):
+        build_engine(tiny_model(), config, CPU)
 
 
 def test_keys_of_the_deepspeed_section_win_and_the_others_stay():

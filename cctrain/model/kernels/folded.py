@@ -61,7 +61,7 @@ def fold(stock: Stock) -> Kernels:
 def read_forward(
     stock: Stock, queries: Tensor, keys: Tensor, values: Tensor, offsets: list[int]
 ) -> tuple[Tensor, Tensor]:
-    chunks = cut(offsets, stock.chunk_size(queries, len(keys)))
+    chunks = cut_into_chunks(offsets, stock.chunk_size(queries, len(keys)))
     latents = _latent_bounds(queries, chunks)
     if len(keys) == 0:
         lse = queries.new_full(queries.shape[:-1], NO_KEYS, dtype=accumulator(queries.dtype))
@@ -83,7 +83,7 @@ def read_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if len(keys) == 0:
         return torch.zeros_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
-    chunks = cut(offsets, stock.chunk_size(queries, len(keys)))
+    chunks = cut_into_chunks(offsets, stock.chunk_size(queries, len(keys)))
     grad_out, copies, out, lse = (_copy_to_chunks(x, chunks) for x in (grad_out, queries, out, lse))
     grad_queries, grad_keys, grad_values = stock.backward(
         grad_out, copies, keys, values, out, lse, _latent_bounds(queries, chunks), chunks.bounds
@@ -96,7 +96,7 @@ def write_forward(
 ) -> tuple[Tensor, Tensor]:
     if len(queries) == 0:
         return torch.zeros_like(queries), queries.new_zeros(queries.shape[:-1], dtype=accumulator(queries.dtype))
-    chunks = cut(offsets, stock.chunk_size(keys, len(queries)))
+    chunks = cut_into_chunks(offsets, stock.chunk_size(keys, len(queries)))
     keys, values, latents = _copy_to_chunks(keys, chunks), _copy_to_chunks(values, chunks), _latent_bounds(keys, chunks)
     return stock.forward(queries, keys, values, chunks.bounds, latents)
 
@@ -113,7 +113,7 @@ def write_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if len(queries) == 0:
         return torch.zeros_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
-    chunks = cut(offsets, stock.chunk_size(keys, len(queries)))
+    chunks = cut_into_chunks(offsets, stock.chunk_size(keys, len(queries)))
     grad_queries, grad_keys, grad_values = stock.backward(
         grad_out,
         queries,
@@ -157,7 +157,7 @@ def self_backward(
     return stock.backward(grad_out, queries, keys, values, out, lse, bounds, bounds)
 
 
-def cut(offsets: list[int], size: int) -> Chunks:
+def cut_into_chunks(offsets: list[int], size: int) -> Chunks:
     """Each context in as few chunks of at most `size` tokens as can be, their lengths one apart at most."""
     bounds, counts = [0], []
     for start, stop in pairwise(offsets):
