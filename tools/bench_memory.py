@@ -4,13 +4,13 @@
 
 With checkpointing and tiles of t tokens, one context of n tokens needs, in bytes,
 
-    4 · n · d · (depth + 1)    the tokens before every layer and after the last; gradients take the place of these
+    4 · n · d · (depth + 2)    the tokens before every layer and after the last, and their gradient
     4 · n · d · r              the gene vectors of the targets, where r is their share
     60 · n                     the pack itself: genes, counts, size factors, and what is looked up for each token
     a constant                 one tile's inner activations, and what does not grow with n
 
 With memory.offload=host the tokens before every layer wait on the host, and the device needs 4 · n · d · 2 in place of
-the first line, whatever the depth: the tokens before and after one layer.
+the first line, whatever the depth: the tokens before and after one layer, or one of them and their gradient.
 
 On a GPU the peak is PyTorch's own count. On a CPU, host and device are one memory: it is the growth of the process's
 peak resident set, from which what waits on the host is taken off. Each row is measured in a process of its own.
@@ -92,7 +92,7 @@ def growth_against_formula(first: dict[str, Any], row: dict[str, Any]) -> float:
 
 def formula(tokens: int, depth: int, width: int, offload: str) -> int:
     """Bytes on the device that grow with n."""
-    streams = 2 if offload == "host" else depth + 1
+    streams = 2 if offload == "host" else depth + 2
     return round(tokens * (4 * width * (streams + TARGETS) + PACK_BYTES))
 
 

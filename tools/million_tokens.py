@@ -11,7 +11,7 @@ moment of AdamW is (1 − β₁) times the gradient; a factor common to two grad
 
 Printed first is what to expect. Time: not less than the FLOPs of the closed form at the rate of a large matrix product,
 measured now, on the same threads. Memory, of all processes together: the tokens at the start of each layer and after
-the last one, 4 bytes · n · d · (depth + 1); weights and gradients on every rank, and master weights, gradients and two
+the last one, and their gradient, 4 bytes · n · d · (depth + 2); weights and gradients on every rank, and master weights, gradients and two
 moments once, 4 bytes a number; the libraries in every process, as much as they take in this one before it starts the
 others. On top come DeepSpeed's libraries and what a tile needs for a moment.
 
@@ -198,7 +198,7 @@ def predict(config: Config, context: Batch, parameters: int, arguments: argparse
     """The floor of a step's time, and its memory on each number of ranks."""
     cost = step_cost(config.model, [arguments.tokens], len(context.targets), config.memory.checkpointing)
     flops, rate = cost["cost/total_flops"], matmul_rate(arguments.threads)
-    streams = 4 * arguments.tokens * config.model.width * (config.model.depth + 1)
+    streams = 4 * arguments.tokens * config.model.width * (config.model.depth + 2)
     process = resident("VmRSS")
     memory = {
         num: {"streams": streams, "state": 4 * parameters * (2 * num + 4), "libraries": (num + 1) * process}
