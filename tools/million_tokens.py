@@ -11,9 +11,9 @@ moment of AdamW is (1 − β₁) times the gradient; a factor common to two grad
 
 Printed first is what to expect. Time: not less than the FLOPs of the closed form at the rate of a large matrix product,
 measured now, on the same threads. Memory, of all processes together: the tokens at the start of each layer and after
-the last one, and their gradient, 4 bytes · n · d · (depth + 2); weights and gradients on every rank, and master weights, gradients and two
-moments once, 4 bytes a number; the libraries in every process, as much as they take in this one before it starts the
-others. On top come DeepSpeed's libraries and what a tile needs for a moment.
+the last one, and their gradient, 4 bytes · n · d · (depth + 2); weights and gradients on every rank, and master
+weights, gradients and two moments once, 4 bytes a number; the libraries in every process, as much as they take in this
+one before it starts the others. On top come DeepSpeed's libraries and what a tile needs for a moment.
 
 Measured are seconds, and for every process its highest resident memory. The exit code is 1 if a bound is broken:
 
