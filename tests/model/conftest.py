@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +11,7 @@ from cctrain.model.transformer import Inputs, Transformer
 
 NUM_GENES = 30
 ATTENTIONS = ("criss_cross", "dense")
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def small_config(attention: str = "criss_cross") -> ModelConfig:
@@ -60,6 +62,11 @@ def random_inputs(lengths: list[int], seed: int = 0, num_genes: int = NUM_GENES)
         targets=targets,
         offsets=[0, *torch.tensor(lengths).cumsum(0).tolist()],
     )
+
+
+def on(device: str, inputs: Inputs) -> Inputs:
+    tensors = {name: value.to(device) for name, value in vars(inputs).items() if isinstance(value, Tensor)}
+    return replace(inputs, **tensors)
 
 
 def in_fp32(inputs: Inputs) -> Inputs:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from cctrain.config import MemoryConfig
 from cctrain.model import activations
 from cctrain.model.activations import Activations, HostStore, place
-from tests.model.conftest import ATTENTIONS, random_inputs, random_model, small_config
+from tests.model.conftest import ATTENTIONS, CUDA, on, random_inputs, random_model, small_config
 
 
 @pytest.fixture(autouse=True)
@@ -18,11 +18,12 @@ def small_tensors_count_as_large(monkeypatch):
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("tile_tokens", [None, 7])
-def test_checkpoints_on_the_host_change_no_bit(attention, tile_tokens):
-    inputs, results = random_inputs([12, 0, 30]), []
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
+def test_checkpoints_on_the_host_change_no_bit(attention, tile_tokens, device):
+    inputs, results = on(device, random_inputs([12, 0, 30])), []
     for offload in ("device", "host"):
         memory = MemoryConfig(checkpointing=True, offload=offload, tile_tokens=tile_tokens)
-        model = random_model(small_config(attention), memory=memory)
+        model = random_model(small_config(attention), memory=memory).to(device)
         torch.cat(model(inputs)).sin().sum().backward()
         results.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))

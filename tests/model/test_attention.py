@@ -19,6 +19,7 @@ from cctrain.model import attention
 from cctrain.model.kernels import choice
 from cctrain.model.kernels.interface import Kernels
 from tests.model.attention_reference import KINDS, Case, ThreadedShards, case, expected, largest_error, shard_of
+from tests.model.conftest import CUDA
 
 LENGTHS = [
     [6],
@@ -33,7 +34,6 @@ LENGTHS = [
 ]
 LONG = [5001, 2048, 0, 2049]
 PACKS = [(kind, lengths) for kind in KINDS for lengths in (LENGTHS if kind == "self" else [*LENGTHS, LONG])]
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 RUNS = [
     *(pytest.param("reference", dtype, "cpu") for dtype in TOLERANCE),
@@ -85,8 +85,9 @@ def test_no_shape_is_special(kind, lengths, num_latents, heads, width, backend, 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_two_runs_give_the_same_bits(kind, dtype):
-    given_case = case(kind, [5001, 3, 300, 3], num_latents=7).to(dtype)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
+def test_two_runs_give_the_same_bits(kind, dtype, device):
+    given_case = case(kind, [5001, 3, 300, 3], num_latents=7).to(dtype, device)
     one, other = run(given_case), run(given_case)
     assert all(torch.equal(one[name], other[name]) for name in one)
 

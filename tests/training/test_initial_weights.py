@@ -11,6 +11,7 @@ from cctrain.config import Config, load_config, to_yaml
 from cctrain.errors import CheckpointError, UsageError
 from cctrain.model.saved import save_weights
 from cctrain.model.transformer import Transformer, gene_tables, initialize
+from cctrain.parallel.mesh import join_mesh
 from cctrain.run_directory import CONFIG, WEIGHTS, write_vocabulary
 from cctrain.training.checkpoint_files import (
     FORMAT,
@@ -19,6 +20,7 @@ from cctrain.training.checkpoint_files import (
     publish,
     write_manifest,
 )
+from cctrain.training.engine import sharded_if_wanted, whole
 from cctrain.training.initial_weights import start_from
 
 SHAPE = ("model.width=8", "model.depth=1", "model.heads=2", "model.latents=3", "model.latent_width=6")
@@ -147,3 +149,21 @@ def test_a_source_that_is_no_run_or_has_no_weights_is_refused(fresh, make_source
     (source / WEIGHTS).unlink()
     with pytest.raises(CheckpointError, match="no weights yet"):
         start_from(fresh, HERE, source)
+
+
+def test_weights_reach_a_model_that_is_sharded_as_it_is_built(make_source, tmp_path):
+    source, _ = make_source()
+    made = config("parallel.zero_stage=3", folder=tmp_path)
+    share, theta, loadings = torch.full((len(HERE),), 1 / len(HERE)), torch.ones(len(HERE)), torch.zeros(len(HERE), 2)
+    plain = Transformer(made.model, share, theta)
+    initialize(plain, loadings, 1)
+    start_from(plain, HERE, source)
+    with join_mesh():
+        with sharded_if_wanted(made):
+            sharded = Transformer(made.model, share, theta)
+        initialize(sharded, loadings, 1, whole)
+        start_from(sharded, HERE, source)
+        for (name, ours), theirs in zip(sharded.named_parameters(), plain.parameters(), strict=True):
+            assert ours.numel() == 0, "it is not sharded"
+            with whole([ours]):
+                assert torch.equal(ours, theirs), name
