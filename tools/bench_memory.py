@@ -20,7 +20,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +30,7 @@ import torch
 from cctrain.code_version import code_commit
 from cctrain.config import MemoryConfig, ModelConfig
 from cctrain.model.transformer import Inputs, Transformer
+from tools.bench_step import resident_peak
 
 NUM_GENES, TILE = 1000, 4096
 DEPTHS, LENGTHS = (4, 8, 16), (65_536, 131_072, 262_144)
@@ -141,14 +141,14 @@ def reset_peak(device: str) -> int:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resident_peak()
 
 
 def peak_bytes(device: str) -> int:
     if device == "cuda":
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resident_peak()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
 
 def row(tokens: int, depth: int, offload: str) -> dict[str, Any]:
-    return in_a_process(tokens=tokens, depth=depth, offload=offload, width=128, latents=16, device="cpu")
+    measured = in_a_process(tokens=tokens, depth=depth, offload=offload, width=128, latents=16, device="cpu")
+    assert measured["peak"] > measured["formula"] / 2  # and is no figure of the process that started this one
+    return measured
 
 
 @pytest.mark.representative
