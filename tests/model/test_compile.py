@@ -10,6 +10,12 @@ from cctrain.config import MemoryConfig
 from tests.model.conftest import ATTENTIONS, in_fp32, random_inputs, random_model, relative_error, small_config
 
 
+@pytest.fixture(autouse=True)
+def whichever_distutils_is_there(monkeypatch):
+    """setuptools, which the compiler imports, refuses a process in which something has imported Python's own."""
+    monkeypatch.setenv("SETUPTOOLS_USE_DISTUTILS", "stdlib")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="on CPUs torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("attention", ATTENTIONS)
