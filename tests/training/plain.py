@@ -104,6 +104,11 @@ class Reference:
         cells = np.split(losses, np.searchsorted(batch.targets, batch.offsets)[1:-1])
         return float(np.mean([cell.mean() for cell in cells]))
 
+    def longest_slice(self, num_context_ranks: int) -> int:
+        """The least micro-batch that holds any context's slice."""
+        share = Share(num_context_ranks=num_context_ranks)
+        return int(Loader(self.store, training_rule(self.config(), self.store), share, 0).sizes.max())
+
     def accumulate(self, num_ranks: int, steps: int) -> str:
         """The micro-batch size with which the first step accumulates `steps` times on so many ranks."""
         config = self.config()
