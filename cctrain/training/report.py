@@ -17,6 +17,7 @@ from cctrain.cost.closed_form import num_parameters, step_cost
 from cctrain.data.loader import Loader
 from cctrain.data.store import TokenStore
 from cctrain.parallel.mesh import Mesh
+from cctrain.training.engine import DTYPES
 
 log = logging.getLogger(__name__)
 
@@ -105,9 +106,8 @@ def plan(config: Config, mesh: Mesh, store: TokenStore, loader: Loader) -> list[
 
 def matrix_product_rate(width: int, precision: str, device: torch.device) -> float:
     """FLOP/s of a product of the shape that dominates a layer, measured for a moment."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    rows = torch.ones(4096, width, dtype=dtype, device=device)
-    weight = torch.ones(width, 4 * width, dtype=dtype, device=device)
+    rows = torch.ones(4096, width, dtype=DTYPES[precision], device=device)
+    weight = torch.ones(width, 4 * width, dtype=DTYPES[precision], device=device)
 
     def seconds(repeats: int) -> float:
         started = time.perf_counter()
