@@ -54,13 +54,32 @@ def fetch(
 
 @app.command()
 def prepare(
-    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE...", help=".h5ad files or 10x folders.")],
+    sources: Annotated[
+        list[Path], typer.Argument(metavar="SOURCE...", help=".h5ad, AnnData Zarr, 10x .h5 or 10x folders.")
+    ],
     out: Annotated[Path, typer.Option(help="The token store to write.")],
     counts: Annotated[
         str | None, typer.Option(help="Matrix of raw counts: X, raw.X, layers/NAME. Default: found.")
     ] = None,
-    held_out: Annotated[float, typer.Option(help="Share of cells that training never sees.")] = 0.1,
+    container: Annotated[str, typer.Option("--format", help="Form of the shards: zarr or webdataset.")] = "zarr",
+    group_by: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Keep cells with one value of this obs column together.")
+    ] = None,
+    held_out: Annotated[float, typer.Option(help="Share of cells (groups, values) that training never sees.")] = 0.1,
+    split_by: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Hold out whole values of this obs column, such as donors.")
+    ] = None,
+    hold_out: Annotated[
+        list[str] | None, typer.Option(metavar="VALUE", help="With --split-by: hold out this value; repeat for more.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Decides the split and the shuffle.")] = 0,
+    vocabulary: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE|STORE", help="Exactly these genes: one id a line, or those of another store."),
+    ] = None,
+    min_matched: Annotated[
+        float, typer.Option(help="Smallest share of a given vocabulary's genes, and of counts, that a source matches.")
+    ] = 0.2,
     min_genes: Annotated[int, typer.Option(help="Drop cells with fewer detected genes.")] = 200,
     min_cells: Annotated[int, typer.Option(help="Drop genes seen in fewer training cells.")] = 3,
     max_genes: Annotated[int | None, typer.Option(help="Drop cells with more detected genes.")] = None,
@@ -69,16 +88,25 @@ def prepare(
     max_mitochondrial: Annotated[
         float | None, typer.Option(help="Drop cells with a larger share of MT- counts.")
     ] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes. Default: one per core, at most 4.", min=1)] = None,
+    keep_going: Annotated[
+        bool, typer.Option("--keep-going", help="Prepare the other sources if one fails; the exit code is 3 then.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a token store at OUT.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Scan and report; write nothing.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Turn files of raw counts into a token store: quality control, split, vocabulary, statistics, one shuffle."""
+    """Turn files of raw counts into a token store: quality control, split, vocabulary, statistics, one shuffle.
+
+    Memory is bounded, whatever the size. Killed, it leaves no OUT; the same command then continues.
+    """
+    failed: list[dict[str, str]] = []
 
     def work() -> Any:
         from cctrain.data.prepare import prepare
         from cctrain.data.quality import QualityControl
+        from cctrain.data.tasks import default_workers
 
         quality = QualityControl(min_genes, min_cells, max_genes, min_counts, max_counts, max_mitochondrial)
         manifest = prepare(
@@ -90,10 +118,28 @@ def prepare(
             counts=counts,
             overwrite=overwrite,
             dry_run=dry_run,
+            container=container,
+            group_by=group_by,
+            split_by=split_by,
+            hold_out=hold_out or [],
+            vocabulary=vocabulary,
+            min_matched=min_matched,
+            workers=workers or default_workers(),
+            keep_going=keep_going,
         )
+        failed.extend(manifest["failed"])
         return manifest, "" if dry_run else f"next: cctrain train configs/cell.yaml data.store={out}"
 
     _run(work, as_json, debug)
+    if failed:
+        from cctrain.errors import DataError
+
+        named = "\n".join(entry["error"] for entry in failed)
+        print(
+            f"cctrain: {len(failed)} of {len(sources)} sources failed, and are not in the store:\n{named}",
+            file=sys.stderr,
+        )
+        raise SystemExit(DataError.exit_code)
 
 
 @app.command()

@@ -77,14 +77,21 @@ class Holder:
         return f"process {self.pid or 'unknown'} on {self.host}{job}, since {self.since}"
 
 
+HELD = (
+    "another training holds {directory}: {holder}. Wait for its end, make it save and leave with "
+    "`touch {directory}/stop`, or choose another run.dir"
+)
+
+
 @contextmanager
-def hold_run(run_dir: Path) -> Iterator[None]:
-    """Hold the run for this process. Raises UsageError if another one does, or if it cannot write there."""
+def hold_run(run_dir: Path, held: str = HELD) -> Iterator[None]:
+    """Hold the run for this process. Raises UsageError, with the text `held`, if another one does, or if it cannot
+    write there."""
     run_dir = Path(run_dir)
     me = myself()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        file = _acquire(run_dir / LOCK, me)
+        file = _acquire(run_dir / LOCK, me, held)
     except OSError as error:
         raise UsageError(
             f"cannot write in the run directory {run_dir}: {error.strerror}; choose a run.dir that can be written, "
@@ -120,10 +127,10 @@ def myself() -> Holder:
     )
 
 
-def _acquire(path: Path, me: Holder) -> int:
+def _acquire(path: Path, me: Holder, held: str) -> int:
     """Take the lock, or wait for it; returns the open file, with flock on it where there is such a thing."""
     claim = path.with_name(f".{path.name}.{me.token}")
-    patience = _Patience(path, me)
+    patience = _Patience(path, me, held)
     while True:
         file = os.open(claim, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         taken = False
@@ -170,9 +177,10 @@ def _try_to_take(path: Path, claim: Path, file: int, patience: "_Patience") -> b
 class _Patience:
     """What one newcomer has seen of a lock so far, and what follows from it."""
 
-    def __init__(self, path: Path, me: Holder) -> None:
+    def __init__(self, path: Path, me: Holder, held: str) -> None:
         self.path = path
         self.me = me
+        self._held_text = held
         self._started = time.monotonic()
         self._refused_since: float | None = None
         self._seen: tuple[str, float] | None = None  # the holder's token and the last renewal
@@ -207,11 +215,7 @@ class _Patience:
         return False
 
     def _held(self, holder: Holder) -> UsageError:
-        run_dir = self.path.parent
-        return UsageError(
-            f"another training holds {run_dir}: {holder}. Wait for its end, make it save and leave with "
-            f"`touch {run_dir / 'stop'}`, or choose another run.dir"
-        )
+        return UsageError(self._held_text.format(directory=self.path.parent, holder=holder))
 
     def _tell_waiting(self, holder: Holder) -> None:
         if not self._told:

@@ -77,10 +77,10 @@ def _block_contexts(
 
 
 def _write(source: Source, source_path: Path, vectors: np.ndarray, out: Path) -> None:
-    """A copy of the input with one array more; a 10x folder becomes a file of its counts."""
+    """A copy of an .h5ad file with one array more; any other source becomes a file of its counts."""
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
-        if source_path.is_file():
+        if source.kind == ".h5ad":
             shutil.copyfile(source_path, partial)
             with h5py.File(partial, "r+") as file:
                 anndata.io.write_elem(file.require_group("obsm"), KEY, vectors)

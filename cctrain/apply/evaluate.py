@@ -190,7 +190,7 @@ def training_cells(store: TokenStore) -> TrainingCells:
         log.info("fitting baselines on %s of %s training cells", f"{len(rows):,}", f"{store.num_train:,}")
     cells = store.cells(rows)
     shape = (len(rows), len(store.genes.ids))
-    matrix = sp.csr_matrix((cells.counts, cells.genes, cells.offsets), shape=shape)
+    matrix = sp.csr_matrix((cells.counts.astype(np.int64), cells.genes, cells.offsets), shape=shape)
     return TrainingCells(matrix, store.source_of_cell[rows], store.measured)
 
 

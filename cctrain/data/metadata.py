@@ -7,6 +7,8 @@ import numpy as np
 import pandas as pd
 
 from cctrain.data.sources import Source
+from cctrain.data.split import Labels
+from cctrain.errors import DataError
 
 _RESERVED = {"source", "split", "_index", "index"}
 
@@ -33,13 +35,49 @@ def merge_obs(
     return obs, notes
 
 
+def check_column(sources: list[Source], column: str, option: str) -> None:
+    """DataError if a source lacks the column; `option` asked for it."""
+    for source in sources:
+        if column not in source.obs:
+            has = ", ".join(map(str, source.obs.columns)) or "no column"
+            raise DataError(f"{source.path}: no column '{column}' in obs, which {option} asks for; it has {has}.")
+
+
+def label_cells(sources: list[Source], column: str, source: np.ndarray, row: np.ndarray) -> Labels:
+    """The column as text, of the cells (source, row). DataError if it is missing for one of them."""
+    everything = _labels_of_all(sources, column)
+    offsets = np.concatenate([[0], np.cumsum([item.num_cells for item in sources])])
+    labels = everything.at(offsets[source] + row)
+    missing = np.flatnonzero(labels.codes < 0)
+    if len(missing):
+        first = missing[0]
+        item = sources[source[first]]
+        raise DataError(
+            f"{item.path}: {len(missing):,} cells that pass quality control have no '{column}', the first is "
+            f"'{item.cell_ids[row[first]]}' (row {row[first]}): every cell needs one. Fill the column, or remove "
+            "these cells."
+        )
+    return labels
+
+
+def _labels_of_all(sources: list[Source], column: str) -> Labels:
+    """Code -1 for a missing value."""
+    factors = [pd.factorize(_texts(item.obs[column])) for item in sources]
+    names = np.unique(np.concatenate([np.array(list(values), dtype=str) for _, values in factors]))
+    codes = []
+    for part, values in factors:
+        place = np.concatenate([np.searchsorted(names, np.array(list(values), dtype=str)), [-1]])
+        codes.append(place[part])
+    return Labels(column, names, np.concatenate(codes).astype(np.int64))
+
+
 def gene_table(sources: list[Source], gene_ids: np.ndarray) -> pd.DataFrame:
-    """var with the index and gene_name: the name that the first source which has the gene gives it."""
+    """var with the index and gene_name: the name that the first source which has the gene gives it, else its id."""
     names: dict[str, str] = {}
     for source in reversed(sources):
         names.update(zip(source.gene_ids, source.gene_names, strict=True))
     ids = gene_ids.tolist()
-    return pd.DataFrame({"gene_name": [names[gene] for gene in ids]}, index=pd.Index(ids, name="gene_id"))
+    return pd.DataFrame({"gene_name": [names.get(gene, gene) for gene in ids]}, index=pd.Index(ids, name="gene_id"))
 
 
 def _safe_names(sources: list[Source], notes: list[str]) -> dict[str, str]:

@@ -1,75 +1,103 @@
 """Files of cells -> token store, in an order that keeps held-out cells out of everything that is estimated.
 
-    scan        every cell of every source once: validated, profiled (genes, counts, content hash)
-    select      quality control of cells; the split; the order: functions of the seed and the cells' content
-    distribute  a second reading: counts of genes, and all entries into files by destination row
-    write       vocabulary and statistics from training cells; shards, tables, manifest
+    arrange   matrices that are stored by gene, by cell
+    scan      every cell of every source once: validated, profiled (genes, counts, content hash), its tokens kept
+    select    quality control of cells; the split; the order: functions of the seed and the cells' content
+    sort      each piece of a source by destination row; genes are counted
+    write     vocabulary and statistics from training cells; shards, tables, manifest
 
-All is written beside OUT and renamed at the end, so OUT is complete or absent. Memory is bounded by blocks of
-cells, one shard, the sample that dispersions are fitted on, and some 50 bytes and the metadata of every cell.
-The manifest has neither times nor paths: the same cells and options give the same bytes.
+All but `select` and the tables is done by tasks, in as many processes as there are workers. A task leaves one file
+and is not done twice: a prepare that was killed continues. All is written beside OUT and renamed at the end, so OUT
+is complete or absent. The manifest has neither times nor paths: the same cells and options give the same bytes,
+whatever the number of workers and however often it was stopped.
+
+Memory does not grow with the counts, and little with the cells. In bytes:
+
+    worker    0.25 GB of libraries + the largest of  100 x counts of a block of a source (2 million)
+                                                      30 x tokens of a piece (8 million)
+                                                       8 x tokens of a shard (2^25) + 16 x tokens of a piece
+                                                      25 x tokens of the sample of the statistics (20 million)
+    parent    0.25 GB of libraries + about 400 a cell, and the text in its metadata
+
+The disk holds, beside OUT, 4 bytes a count until the store is there (6 where a source has more than 65,536 genes),
+and 12 more for a matrix that is stored by gene.
 """
 
-import json
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 
-from cctrain.data.buckets import Buckets, weighted_edges
-from cctrain.data.files import check_free_space, file_entries, file_sha256, workspace
+from cctrain.data import store_writer
+from cctrain.data.assemble import Frame, fit_genes, hash_content, read_fitted, sample_cells, write_shard
+from cctrain.data.content_digest import vocabulary_digest
+from cctrain.data.counting import (
+    Counted,
+    count_as_selected,
+    count_tokens_of_cells,
+    fix_selection,
+    sort_cells,
+    sum_genes,
+)
+from cctrain.data.files import check_free_space, publish_array
+from cctrain.data.inputs import (
+    BYTES_PER_TOKEN,
+    Inputs,
+    Plan,
+    Scanned,
+    arrange_inputs,
+    cut_inputs,
+    describe_files,
+    open_inputs,
+    read_digests,
+    scan_inputs,
+)
+from cctrain.data.manifest import FORMAT, VERSION, file_entries, read_manifest, write_manifest
 from cctrain.data.metadata import gene_table, merge_obs
-from cctrain.data.progress import progress
-from cctrain.data.quality import CellProfiles, QualityControl, Row, format_table, select_cells, select_genes
-from cctrain.data.scan import GeneCounts, GeneUnion, distribute, scan, unite_genes
-from cctrain.data.sources import Source, open_source
-from cctrain.data.split import destination_rows, hold_out
-from cctrain.data.statistics import detection_rates, dispersions, gene_loadings, gene_shares
-from cctrain.data.store import FORMAT, VERSION, read_manifest, vocabulary_digest
-from cctrain.data.store_writer import CellWriter, write_tables
+from cctrain.data.pieces import TOKENS_PER_PIECE, Cut, Shuffled
+from cctrain.data.quality import QualityControl, format_table
+from cctrain.data.scan import Expected
+from cctrain.data.selection import Division, Selection, select
+from cctrain.data.statistics import detection_rates, gene_shares
+from cctrain.data.store_layout import CONTAINERS, smallest_unsigned
+from cctrain.data.tasks import Task, Workers
+from cctrain.data.vocabulary import GeneUnion, Vocabulary, choose_genes, read_vocabulary
+from cctrain.data.workspace import partial_folder, workspace
 from cctrain.errors import DataError, UsageError
 
-ENTRIES_PER_BUCKET = 8_000_000  # counts that are put in order in memory at a time
-# Dispersions are fitted on the first training cells of the store, a random sample because it is shuffled.
-SAMPLE_CELLS = 50_000
-SAMPLE_TOKENS = 40_000_000
-_BYTES_PER_ENTRY = 12  # of a bucket; the store itself takes at most half of that
+MATRICES = "matrices"  # in the scratch folder: what was stored by gene, by cell, until it is scanned
+
+_LARGEST_BYTE = 2**8 - 1
+_LARGEST_STORED = 2**16 - 1
 
 
-@dataclass
-class Selection:
-    """Cells that passed, and where they go. Arrays are over these cells, in the order of the sources."""
+@dataclass(frozen=True)
+class Options:
+    """What decides the bytes of a store, besides the cells."""
 
-    cells: CellProfiles
-    rows: np.ndarray  # int64 destination row
-    num_train: int
-    destination: np.ndarray  # int64 (all cells of all sources,) destination row, -1 for a cell left out
-    table: list[Row]
-    notes: list[str]
+    quality: QualityControl
+    division: Division
+    counts: str | None
+    container: str
+    given: np.ndarray | None  # gene ids of a vocabulary that was given, ascending
+    min_matched: float
 
-    @property
-    def num_cells(self) -> int:
-        return len(self.cells)
+    def check(self) -> None:
+        self.division.check()
+        if self.container not in CONTAINERS:
+            raise UsageError(f"--format {self.container}: a store is one of {', '.join(CONTAINERS)}.")
+        if not 0 < self.min_matched <= 1:
+            raise UsageError(f"min_matched is {self.min_matched}: a share of genes and counts lies between 0 and 1.")
 
-    def in_store_order(self, values: np.ndarray) -> np.ndarray:
-        ordered = np.empty_like(values)
-        ordered[self.rows] = values
-        return ordered
-
-
-@dataclass
-class Vocabulary:
-    """Genes of the store: `kept` masks the united genes, the other arrays are over the vocabulary."""
-
-    kept: np.ndarray
-    ids: np.ndarray
-    measured: np.ndarray  # bool (num_sources, V)
-    row: Row
+    def describe(self) -> dict[str, Any]:
+        described = {**asdict(self.quality), **asdict(self.division), "counts": self.counts}
+        given = None if self.given is None else vocabulary_digest(self.given.tolist())
+        return {**described, "container": self.container, "vocabulary": given, "min_matched": self.min_matched}
 
 
 def _print(message: str) -> None:
@@ -86,249 +114,284 @@ def prepare(
     counts: str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
+    container: str = "zarr",
+    group_by: str | None = None,
+    split_by: str | None = None,
+    hold_out: tuple[str, ...] | list[str] = (),
+    vocabulary: Path | None = None,
+    min_matched: float = 0.2,
+    workers: int = 1,
+    keep_going: bool = False,
     report: Callable[[str], None] = _print,
 ) -> dict[str, Any]:
     """Write the token store OUT and return its manifest; with `dry_run` write nothing and return the plan.
 
-    `sources` are .h5ad files or 10x folders; `counts` chooses the matrix of .h5ad files. Raises DataError for
-    input that is not raw counts, for an OUT that exists, and when quality control leaves nothing; UsageError
-    for options.
+    `sources` are what `open_source` opens; `counts` chooses the matrix. `vocabulary` is a file of gene ids or a
+    store, of whose genes, and of the counts of each source, `min_matched` must be matched. With `keep_going` a
+    source that fails is in the manifest's `failed` and not in the store. More than one worker needs a main module
+    that can be imported (processes are spawned).
+
+    Raises DataError for input that is not raw counts, for an OUT that exists, and when quality control leaves
+    nothing; UsageError for options.
     """
     out = Path(out)
-    _check_options(sources, held_out)
+    given = None if vocabulary is None else read_vocabulary(Path(vocabulary))
+    division = Division(held_out, seed, group_by, split_by, tuple(hold_out))
+    options = Options(quality, division, counts, container, given, min_matched)
+    options.check()
+    _check_sources(sources, workers)
     if dry_run:
-        return _plan(sources, quality, held_out, seed, counts, report)
-    _check_out(out, overwrite, report)
-    with workspace(out, overwrite) as partial:
-        scratch = partial / "scratch"
-        opened = _open(sources, counts, scratch, report)
-        union = unite_genes(opened)
-        selection = _select(opened, union, quality, held_out, seed, report)
-        manifest = _write(partial, opened, union, selection, quality, report)
-        manifest |= {"seed": seed, "held_out": held_out}
-        manifest["files"] = file_entries(partial / "cells.zarr")
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+        with tempfile.TemporaryDirectory(prefix="cctrain-prepare-") as folder, Workers(workers) as pool:
+            inputs = _open(sources, options, Path(folder) / MATRICES, keep_going, report)
+            return _plan(inputs, options, pool, Path(folder))
+    _check_out(out, overwrite)
+    scratch = partial_folder(out) / "scratch"
+    inputs = _open(sources, options, scratch / MATRICES, keep_going, report)
+    described = {"version": VERSION, "sources": describe_files(inputs), **options.describe()}
+    with workspace(out, described, report) as partial, Workers(workers) as pool:
+        manifest = _write(inputs, options, pool, partial, scratch)
     report(
         f"{out}: {manifest['num_cells']:,} cells, {manifest['num_tokens']:,} tokens, content {manifest['digest'][:16]}"
     )
     return manifest
 
 
-def _check_options(sources: list[Path], held_out: float) -> None:
+def _check_sources(sources: list[Path], workers: int) -> None:
     if not sources:
         raise UsageError("No source: give at least one .h5ad file or 10x folder.")
     resolved = [Path(path).resolve() for path in sources]
     for path in resolved:
         if resolved.count(path) > 1:
             raise UsageError(f"{path} is given twice: each source once.")
-    if not 0 < held_out < 1:
-        raise UsageError(f"held_out is {held_out}: the share of held-out cells lies between 0 and 1, such as 0.1.")
+    if workers < 1:
+        raise UsageError(f"--workers {workers}: at least 1.")
 
 
-def _check_out(out: Path, overwrite: bool, report: Callable[[str], None]) -> None:
+def _check_out(out: Path, overwrite: bool) -> None:
     if out.exists():
         if not overwrite:
             raise DataError(f"{out} exists: choose another --out, or replace the store with --overwrite.")
         read_manifest(out)  # only a token store is ever replaced
-    for left in sorted(out.parent.glob(f"{out.name}.partial-*")) if out.parent.is_dir() else []:
-        report(f"{left} was left by a prepare that was killed, or belongs to one that is running")
 
 
-def _open(paths: list[Path], counts: str | None, scratch: Path | None, report: Callable[[str], None]) -> list[Source]:
-    opened = [open_source(Path(path), counts, scratch) for path in paths]
-    for source in opened:
-        report(
-            f"{source.path}: {source.num_cells:,} cells, {len(source.gene_ids):,} genes, "
-            f"counts from {source.counts_from}"
-        )
-        for note in source.notes:
-            report(f"  {note}")
-    return opened
+def _open(
+    paths: list[Path], options: Options, scratch: Path, keep_going: bool, report: Callable[[str], None]
+) -> Inputs:
+    return open_inputs(
+        paths,
+        options.counts,
+        scratch,
+        options.division.columns(),
+        options.quality.max_mitochondrial is not None,
+        options.given,
+        options.min_matched,
+        keep_going,
+        report,
+    )
 
 
-def _select(
-    sources: list[Source],
-    union: GeneUnion,
-    quality: QualityControl,
-    held_out: float,
-    seed: int,
-    report: Callable[[str], None],
-) -> Selection:
-    if quality.max_mitochondrial is not None:
-        _check_mitochondrial_names(sources)
-    everything = scan(sources, union)
-    kept, table = select_cells(everything, quality)
-    if not kept.any():
-        raise DataError(f"No cell passes quality control. Relax the rule that removed them:\n{format_table(table)}")
-    cells = CellProfiles(**{name: values[kept] for name, values in vars(everything).items()})
-    held, note = hold_out(cells.content, held_out, seed)
-    if note:
-        report(note)
-    rows = destination_rows(cells, held, seed)
-    destination = np.full(len(everything), -1, dtype=np.int64)
-    destination[kept] = rows
-    return Selection(cells, rows, int((~held).sum()), destination, table, [note] if note else [])
-
-
-def _check_mitochondrial_names(sources: list[Source]) -> None:
-    for source in sources:
-        if not any(name.upper().startswith("MT-") for name in source.gene_names):
-            raise DataError(
-                f"{source.path}: max_mitochondrial is set, but no gene is named MT-...: the rule would see "
-                "nothing. Give a file with gene names, or leave the rule off."
-            )
-
-
-def _vocabulary(union: GeneUnion, found: GeneCounts, quality: QualityControl, table: list[Row]) -> Vocabulary:
-    kept, row = select_genes(found.train_detected.sum(axis=0), quality)
-    if not kept.any():
-        raise DataError(
-            f"No gene is expressed in {quality.min_cells} training cells: relax min_cells, or the rules for "
-            "cells:\n" + format_table([*table, row])
-        )
-    return Vocabulary(kept, union.ids[kept], union.measured()[:, kept], row)
-
-
-def _plan(
-    paths: list[Path],
-    quality: QualityControl,
-    held_out: float,
-    seed: int,
-    counts: str | None,
-    report: Callable[[str], None],
-) -> dict[str, Any]:
-    opened = _open(paths, counts, None, report)
-    union = unite_genes(opened)
-    selection = _select(opened, union, quality, held_out, seed, report)
-    found = distribute(opened, union, selection.destination, selection.num_train, None)
-    vocabulary = _vocabulary(union, found, quality, selection.table)
-    table = [*selection.table, vocabulary.row]
-    num_tokens = int(found.detected[vocabulary.kept].sum())
-    report(format_table(table))
+def _plan(inputs: Inputs, options: Options, pool: Workers, folder: Path) -> dict[str, Any]:
+    """What `prepare` would write. The sources are read once; twice what was not on the side that was expected."""
+    division = options.division
+    by_content = division.group_by is None and division.split_by is None
+    expected = Expected(options.quality, division.held_out, division.seed) if by_content else None
+    arrange_inputs(inputs, pool, folder)
+    cuts = cut_inputs(inputs, folder)
+    scanned = scan_inputs(inputs, pool, cuts, folder, options.given, options.min_matched, Plan(expected))
+    selection = select(inputs.sources, scanned.cells, options.quality, options.division)
+    count_as_selected(inputs, scanned, selection, pool)
+    counted = sum_genes(inputs, scanned, options.given)
+    vocabulary = _choose_genes(inputs, scanned, counted, selection, options)
+    num_tokens = int(counted.detected[vocabulary.kept].sum())
     return {
         "num_cells": selection.num_cells,
         "num_train": selection.num_train,
         "num_genes": len(vocabulary.ids),
         "num_tokens": num_tokens,
-        "bytes_at_most": num_tokens * 4,
-        "temporary_bytes": int(selection.cells.num_genes.sum()) * _BYTES_PER_ENTRY,
-        "sources": _describe_sources(opened, selection, digests=False),
-        "quality": table,
+        "unit": _unit(options),
+        "num_groups": None if selection.groups is None else len(selection.groups.names),
+        "bytes_at_most": num_tokens * sum(dtype.itemsize for dtype in _dtypes(counted, vocabulary)),
+        "temporary_bytes": int(scanned.cells.num_genes.sum(dtype=np.int64)) * BYTES_PER_TOKEN,
+        "sources": _describe_sources(inputs, scanned, selection, vocabulary, counted.union),
+        "failed": inputs.failed,
+        "quality": [*selection.table, vocabulary.row],
         "notes": selection.notes,
     }
 
 
-def _write(
-    partial: Path,
-    sources: list[Source],
-    union: GeneUnion,
-    selection: Selection,
-    quality: QualityControl,
-    report: Callable[[str], None],
-) -> dict[str, Any]:
-    """Everything but the manifest, which is returned; the scratch folder is gone afterwards."""
-    scratch = partial / "scratch"
-    sizes = selection.in_store_order(selection.cells.num_genes)
-    check_free_space(partial, int(sizes.sum(dtype=np.int64)) * _BYTES_PER_ENTRY * 3 // 2)
-    with Buckets(scratch / "order", weighted_edges(sizes, ENTRIES_PER_BUCKET), np.uint32) as buckets:
-        found = distribute(sources, union, selection.destination, selection.num_train, buckets)
-        vocabulary = _vocabulary(union, found, quality, selection.table)
-        table = [*selection.table, vocabulary.row]
-        report(format_table(table))
-        source_of_cell = selection.in_store_order(selection.cells.source).astype(np.int64)
-        writer = CellWriter(
-            partial / "cells.zarr",
-            num_cells=selection.num_cells,
-            num_tokens=int(found.detected[vocabulary.kept].sum()),
-            num_genes=len(vocabulary.ids),
-            largest_count=int(found.largest[vocabulary.kept].max()),
-        )
-        sample = _write_cells(writer, buckets, vocabulary.kept, source_of_cell, selection.num_train)
-    shutil.rmtree(scratch)
-    num_tokens = writer.close()
-    var = gene_table(sources, vocabulary.ids)
-    num_train_cells = np.bincount(source_of_cell[: selection.num_train], minlength=len(sources))
-    detected = found.train_detected[:, vocabulary.kept]
-    var["share"] = gene_shares(found.train_total[:, vocabulary.kept], vocabulary.measured)
+def _write(inputs: Inputs, options: Options, pool: Workers, partial: Path, scratch: Path) -> dict[str, Any]:
+    """OUT.partial/store, complete. The manifest is returned."""
+    arrange_inputs(inputs, pool, scratch)
+    cuts = cut_inputs(inputs, scratch)
+    _check_space(partial, inputs, cuts)
+    scanned = scan_inputs(inputs, pool, cuts, scratch, options.given, options.min_matched)
+    shutil.rmtree(scratch / MATRICES, ignore_errors=True)
+    selection = select(inputs.sources, scanned.cells, options.quality, options.division)
+    for note in selection.notes:
+        inputs.report(note)
+    fix_selection(scratch, selection)
+    sort_cells(inputs, scanned, selection, pool, scratch)
+    counted = sum_genes(inputs, scanned, options.given)
+    vocabulary = _choose_genes(inputs, scanned, counted, selection, options)
+
+    shuffled = Shuffled(scanned.cuts, scratch)
+    num_tokens = count_tokens_of_cells(shuffled, vocabulary, counted.union, selection.num_cells, pool)
+    frame = _frame(partial / "store", options, counted, vocabulary, num_tokens, scratch)
+    source_of_cell = selection.in_store_order(selection.cells.source).astype(np.int64)
+    var = gene_table(inputs.sources, vocabulary.ids)
+    var["share"] = gene_shares(counted.train_total[:, vocabulary.kept], vocabulary.measured)
+    num_train_cells = np.bincount(source_of_cell[: selection.num_train], minlength=len(inputs.sources))
+    detected = counted.train_detected[:, vocabulary.kept]
     var["detection_rate"] = detection_rates(detected, num_train_cells, vocabulary.measured)
-    with progress("fitting dispersions", "genes", len(vocabulary.ids)) as advance:
-        var["theta"] = dispersions(
-            sample, source_of_cell[: sample.shape[0]], var["share"].to_numpy(), vocabulary.measured, advance
-        )
-    report("finding which genes vary together")
-    loadings = gene_loadings(sample, source_of_cell[: sample.shape[0]], var["share"].to_numpy(), vocabulary.measured)
+
+    sample = sample_cells(num_tokens, selection.num_train, options.division.seed, selection.groups is not None)
+    fit = (shuffled, frame.indptr, sample, var["share"].to_numpy(), vocabulary.measured)
+    digest, num_shards = _assemble(frame, shuffled, selection, vocabulary, fit, scratch, pool)
+    var["theta"], loadings = read_fitted(scratch / "fitted.npz")
     source, row = (selection.in_store_order(part) for part in (selection.cells.source, selection.cells.row))
-    obs, renamed = merge_obs(sources, source, row, selection.num_train)
+    obs, renamed = merge_obs(inputs.sources, source, row, selection.num_train)
     for note in renamed:
-        report(note)
-    write_tables(writer.group, var, vocabulary.measured, loadings, obs)
-    return {
+        inputs.report(note)
+    store_writer.write_tables(frame.root, var, vocabulary.measured, loadings, obs, selection.groups)
+
+    manifest = {
         "format": FORMAT,
         "version": VERSION,
-        "container": "zarr",
-        "digest": writer.digest(vocabulary.ids.tolist(), vocabulary.measured, selection.num_train),
+        "container": options.container,
+        "digest": digest,
         "vocabulary_digest": vocabulary_digest(vocabulary.ids.tolist()),
         "num_cells": selection.num_cells,
         "num_train": selection.num_train,
         "num_genes": len(vocabulary.ids),
         "num_tokens": int(num_tokens.sum()),
-        "num_shards": writer.num_shards,
+        "num_shards": num_shards,
         "num_cells_without_tokens": int((num_tokens == 0).sum()),
-        "num_clipped_counts": writer.num_clipped,
-        "dtypes": {"genes": writer.genes_dtype.name, "counts": writer.counts_dtype.name},
+        "num_clipped_counts": int(counted.clipped[vocabulary.kept].sum()),
+        "dtypes": {"genes": frame.genes_dtype, "counts": frame.counts_dtype},
         "tokens_per_cell": {
             "median": float(np.median(num_tokens)),
             "percentile_99": float(np.percentile(num_tokens, 99)),
             "max": int(num_tokens.max()),
         },
-        "unit": "cell",
-        "statistics_cells": sample.shape[0],
-        "sources": _describe_sources(sources, selection, digests=True),
-        "quality": table,
+        "unit": _unit(options),
+        "group_by": options.division.group_by,
+        "num_groups": None if selection.groups is None else len(selection.groups.names),
+        "split_by": options.division.split_by or options.division.group_by,
+        "hold_out": list(options.division.hold_out),
+        "held_out": options.division.held_out,
+        "seed": options.division.seed,
+        "vocabulary": "given" if options.given is not None else "found",
+        "statistics_cells": len(sample),
+        "sources": _describe_sources(inputs, scanned, selection, vocabulary, counted.union),
+        "failed": inputs.failed,
+        "quality": [*selection.table, vocabulary.row],
         "notes": selection.notes + renamed,
     }
+    if manifest["num_clipped_counts"]:
+        inputs.report(f"{manifest['num_clipped_counts']:,} counts over {_LARGEST_STORED:,} were clipped to it")
+    manifest["files"] = file_entries(frame.root)
+    write_manifest(frame.root, manifest)
+    return manifest
 
 
-def _write_cells(
-    writer: CellWriter, buckets: Buckets, kept: np.ndarray, source_of_cell: np.ndarray, num_train: int
-) -> sp.csr_matrix:
-    """Bucket after bucket into X; returns the first training cells, on which dispersions are fitted."""
-    place = np.cumsum(kept) - 1
-    sample: list[sp.csr_matrix] = []
-    sample_cells = sample_tokens = 0
-    with progress("writing cells", "cells", len(source_of_cell)) as advance:
-        for first, last, rows, genes, values in buckets.drain():
-            entry = kept[genes]
-            entries = (values[entry].astype(np.int64), (rows[entry], place[genes[entry]]))
-            cells = sp.csr_matrix(entries, shape=(last - first, int(kept.sum())))
-            cells = writer.append(cells, source_of_cell[first:last])
-            wanted = min(num_train - first, SAMPLE_CELLS - sample_cells, cells.shape[0])
-            fits = np.searchsorted(cells.indptr, SAMPLE_TOKENS - sample_tokens, side="right") - 1
-            wanted = min(wanted, int(fits))
-            if wanted > 0 and sample_cells == first:
-                part = cells[:wanted]
-                part.data = part.data.astype(np.int32)
-                sample.append(part)
-                sample_cells += wanted
-                sample_tokens += part.nnz
-            advance(last - first)
-    return sp.vstack(sample, format="csr")
+def _check_space(partial: Path, inputs: Inputs, cuts: list[Cut]) -> None:
+    """Pieces, and a store that compresses not at all; less what an earlier attempt has written."""
+    num_cuts = np.bincount([cut.source for cut in cuts], minlength=len(inputs.sources)).tolist()
+    num_tokens = 0
+    for source, of_source in zip(inputs.sources, num_cuts, strict=True):
+        num_bytes = sum(file.stat().st_size for file in source.files)  # no form takes less than a byte a count
+        num_tokens += min(of_source * TOKENS_PER_PIECE, num_bytes)
+    there = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+    check_free_space(partial, max(0, num_tokens * 2 * BYTES_PER_TOKEN - there))
 
 
-def _describe_sources(sources: list[Source], selection: Selection, digests: bool) -> list[dict[str, Any]]:
-    kept = np.bincount(selection.cells.source, minlength=len(sources))
+def _choose_genes(
+    inputs: Inputs, scanned: Scanned, counted: Counted, selection: Selection, options: Options
+) -> Vocabulary:
+    detected = counted.train_detected.sum(axis=0)
+    vocabulary = choose_genes(counted.union, detected, options.given, options.quality, selection.table)
+    inputs.report(format_table([*selection.table, vocabulary.row]))
+    for i, source in enumerate(inputs.sources):
+        genes, of_counts = _matched(scanned.gene_totals[i], vocabulary.kept[counted.union.of_source[i]])
+        inputs.report(
+            f"{source.path}: {genes:,} of {len(source.gene_ids):,} genes and {of_counts:.2%} of the counts are in the "
+            "vocabulary"
+        )
+    return vocabulary
+
+
+def _matched(gene_total: np.ndarray, known: np.ndarray) -> tuple[int, float]:
+    """Genes of a source in the vocabulary, and the share of its counts that is theirs."""
+    return int(known.sum()), float(gene_total[known].sum() / max(1, gene_total.sum()))
+
+
+def _dtypes(counted: Counted, vocabulary: Vocabulary) -> tuple[np.dtype, np.dtype]:
+    """The smallest that hold genes and counts."""
+    largest = _LARGEST_STORED if counted.beyond_byte[vocabulary.kept].any() else _LARGEST_BYTE
+    return smallest_unsigned(len(vocabulary.ids) - 1), smallest_unsigned(largest)
+
+
+def _frame(
+    root: Path, options: Options, counted: Counted, vocabulary: Vocabulary, num_tokens: np.ndarray, scratch: Path
+) -> Frame:
+    indptr = scratch / "indptr.npy"
+    publish_array(indptr, np.concatenate([[0], np.cumsum(num_tokens)]).astype(np.int64))
+    genes, counts = _dtypes(counted, vocabulary)
+    return Frame(root, options.container, indptr, len(vocabulary.ids), genes.name, counts.name)
+
+
+def _assemble(
+    frame: Frame,
+    shuffled: Shuffled,
+    selection: Selection,
+    vocabulary: Vocabulary,
+    fit: tuple[Any, ...],
+    scratch: Path,
+    pool: Workers,
+) -> tuple[str, int]:
+    """Shards, digest and fit, at the same time; the content digest and the number of shards."""
+    layout = frame.layout()
+    edges = store_writer.create(frame.root, layout)
+    digest, fitted = scratch / "digest", scratch / "fitted.npz"
+    starts = None if selection.groups is None else selection.groups.starts
+    content = (shuffled, frame.indptr, vocabulary.ids.tolist(), vocabulary.measured, selection.num_train, starts)
+    tasks = [
+        Task("fitting dispersions", "genes", len(vocabulary.ids), fitted, fit_genes, (*fit, fitted)),
+        Task("hashing content", "tokens", layout.num_tokens, digest, hash_content, (*content, digest)),
+    ]
+    for shard in range(len(edges) - 1):
+        marker = scratch / "shards" / f"{shard:06d}"
+        amount = int(edges[shard + 1] - edges[shard])
+        tasks.append(Task("writing shards", "tokens", amount, marker, write_shard, (frame, shuffled, shard, marker)))
+    pool.run(tasks)
+    store_writer.close(frame.root, layout)
+    return digest.read_text(), len(edges) - 1
+
+
+def _unit(options: Options) -> str:
+    return "cell" if options.division.group_by is None else "group"
+
+
+def _describe_sources(
+    inputs: Inputs, scanned: Scanned, selection: Selection, vocabulary: Vocabulary, union: GeneUnion
+) -> list[dict[str, Any]]:
+    """Without digests in a dry run, which hashes nothing."""
+    kept = np.bincount(selection.cells.source, minlength=len(inputs.sources))
     described: list[dict[str, Any]] = []
-    for i, source in enumerate(sources):
+    for i, source in enumerate(inputs.sources):
+        genes, of_counts = _matched(scanned.gene_totals[i], vocabulary.kept[union.of_source[i]])
         entry: dict[str, Any] = {
             "name": source.path.resolve().name,
             "counts_from": source.counts_from,
             "num_cells": source.num_cells,
             "num_cells_kept": int(kept[i]),
             "num_genes": len(source.gene_ids),
+            "num_genes_in_vocabulary": genes,
+            "share_of_counts_in_vocabulary": round(of_counts, 6),
             "num_duplicate_genes": source.num_duplicate_genes,
             "notes": source.notes,
         }
-        if digests:
-            entry["sha256"] = {file.name: file_sha256(file) for file in source.files}
+        if scanned.digests:
+            entry["sha256"] = read_digests(scanned.digests[i])
         described.append(entry)
     return described

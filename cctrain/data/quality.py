@@ -49,6 +49,10 @@ class CellProfiles:
     def __len__(self) -> int:
         return len(self.source)
 
+    def at(self, cells: np.ndarray) -> "CellProfiles":
+        """Of the cells under a mask, or at indices."""
+        return CellProfiles(**{name: values[cells] for name, values in vars(self).items()})
+
 
 Row = dict[str, str | int | float]
 
@@ -77,6 +81,16 @@ def select_genes(num_training_cells: np.ndarray, quality: QualityControl) -> tup
     return kept, _row("min_cells", quality.min_cells, "genes", int((~kept).sum()), int(kept.sum()))
 
 
+def copies_row(removed: int, left: int) -> Row:
+    """The row for held-out cells that were left out because a training cell is identical."""
+    return _row("no_copies", "on", "cells", removed, left)
+
+
+def given_genes_row(removed: int, left: int) -> Row:
+    """The row for a vocabulary that was given: it takes the place of `min_cells`."""
+    return _row("vocabulary", "given", "genes", removed, left)
+
+
 def format_table(table: list[Row]) -> str:
     lines = [f"{'rule':<20}{'value':>10}{'removed':>14}{'left':>14}"]
     for row in table:
@@ -85,7 +99,7 @@ def format_table(table: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def _row(rule: str, value: float | None, unit: str, removed: int, left: int) -> Row:
+def _row(rule: str, value: float | str | None, unit: str, removed: int, left: int) -> Row:
     return {
         "rule": rule,
         "value": "off" if value is None else value,

@@ -12,7 +12,9 @@ Cell c of source S has counts x_cg over the vocabulary genes that S measures, wi
     loadings        principal components of log counts, one vector per gene: which genes vary together
 
 A gene that a source does not measure says nothing there: it is neither a zero nor an absence. Nothing here
-shrinks or smooths over genes.
+shrinks or smooths over genes, but for one floor: a gene that no training cell expresses (it is in the vocabulary
+because that was given) has half a count in place of none, so that the log of its share is a number. Its detection
+rate is 0, so it is never a target, its dispersion the lower limit and its loadings zero.
 """
 
 from collections.abc import Callable
@@ -23,17 +25,24 @@ from scipy.sparse.linalg import LinearOperator, svds
 from scipy.special import digamma, polygamma
 
 SMALLEST_THETA, LARGEST_THETA = 1e-3, 1e4
+HALF_A_COUNT = 0.5
 MAX_EXACT_SIZES = 2_048
 NUM_LOADINGS = 50
 SIZE_BIN = 0.01  # width of a bin of size factors, in log s
 _STRIDE = 4.0  # in log theta
+_ENTRIES = 1_000_000  # expressed (cell, gene) pairs at once: about 0.1 GB
 _CHUNK = 100_000  # (gene, size) pairs at once: they stay in the cache, twice as fast as a million
 
 
 def gene_shares(totals: np.ndarray, measured: np.ndarray) -> np.ndarray:
-    """pi (V,) float64, sum 1, from the counts of each source and gene and the bitmap (num_sources, V)."""
+    """pi (V,) float64, sum 1, from the counts of each source and gene and the bitmap (num_sources, V).
+
+    A gene without a count gets HALF_A_COUNT, and one that no source measures as if all did.
+    """
     totals = np.where(measured, totals, 0).astype(np.float64)
     of_source, of_gene = totals.sum(axis=1), totals.sum(axis=0)
+    of_gene = np.where(of_gene > 0, of_gene, HALF_A_COUNT)
+    measured = measured | ~measured.any(axis=0)
     shares = of_gene / of_gene.sum()
     if measured.all():
         return shares
@@ -90,13 +99,16 @@ def dispersions(
     by_gene = counts.tocsc()
     theta = np.empty(len(shares))
     step = max(1, _CHUNK // max(1, len(node_size)))
-    for first in range(0, len(shares), step):
-        genes = slice(first, min(first + step, len(shares)))
+    first = 0
+    while first < len(shares):
+        fits = int(np.searchsorted(by_gene.indptr, by_gene.indptr[first] + _ENTRIES, side="right")) - 1
+        genes = slice(first, min(first + step, max(fits, first + 1), len(shares)))
         seen = panels[:, genes].T[:, node_panel]  # (genes, nodes)
         weight = None if seen.all() else seen * node_weight
         likelihood = _Likelihood(by_gene[:, genes], shares[genes], sizes, node_size, node_weight, weight)
         theta[genes] = _maximize(likelihood)
         advance(genes.stop - genes.start)
+        first = genes.stop
     return theta
 
 
@@ -230,9 +242,10 @@ def gene_loadings(
     if num_components < 1:
         return np.zeros((counts.shape[1], 1), dtype=np.float32)
     sizes = size_factors(np.asarray(counts.sum(axis=1)).ravel(), source_of_cell, shares, measured)
-    per_count = np.median(sizes) / np.maximum(sizes, np.finfo(np.float64).tiny)
-    logs = sp.csr_matrix((counts.data.astype(np.float64), counts.indices, counts.indptr), shape=counts.shape)
-    logs.data = np.log1p(logs.data * np.repeat(per_count, np.diff(logs.indptr)))
+    per_count = np.divide(np.median(sizes), sizes, out=np.zeros_like(sizes), where=sizes > 0)
+    values = np.repeat(per_count, np.diff(counts.indptr))
+    values *= counts.data
+    logs = sp.csr_matrix((np.log1p(values, out=values), counts.indices, counts.indptr), shape=counts.shape)
     cells_of_source = sp.csr_matrix(
         (np.ones(len(source_of_cell)), (source_of_cell, np.arange(len(source_of_cell)))),
         shape=(len(measured), len(source_of_cell)),

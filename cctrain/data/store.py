@@ -2,31 +2,35 @@
 
     manifest.json   what the store holds, where it came from, and the digest of every file
     cells.zarr      Zarr v3, readable by `anndata.read_zarr`: X (CSR), var, varm["measured"], obs
+    shards/         instead of X: WebDataset tars
 
-Rows 0 .. num_train - 1 are the training cells, the rest is held out; both lie in shuffled order. X is read in
+Rows 0 .. num_train - 1 are the training cells, the rest is held out; both lie in shuffled order. Tokens are read in
 chunks that are decoded once and kept up to CACHE_BYTES, so a small store ends up in memory and of a large one
 only what is in use. Nothing here chooses cells or targets.
 """
 
-import hashlib
-import json
-from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
 import pandas as pd
 import zarr
 
-from cctrain.data.files import file_sha256
+from cctrain.data import shards_webdataset, shards_zarr
+from cctrain.data.chunk_cache import ChunkCache, Shards
+from cctrain.data.content_digest import ContentDigest
+from cctrain.data.manifest import Manifest, check_fields, check_files, check_whole, damaged_files, read_manifest
+from cctrain.data.progress import progress
+from cctrain.data.store_layout import CELLS, Groups, cells_folder
 from cctrain.errors import DataError
 
-FORMAT = "cctrain-token-store"
-VERSION = 1
 CACHE_BYTES = 512 * 2**20  # decoded genes and counts; a store of PBMC3k takes 9 MB, of a million cells about 8 GB
-_CELLS_PER_CHECK = 2_048
+_TOKENS_PER_CHECK = 2**23
 
 
 @dataclass(frozen=True)
@@ -43,52 +47,82 @@ class GeneTable:
 
 @dataclass(frozen=True)
 class Cells:
-    """Expressed vocabulary genes of some cells; those of cell i are at offsets[i] .. offsets[i + 1] - 1."""
+    """Expressed vocabulary genes of some cells; those of cell i are at offsets[i] .. offsets[i + 1] - 1.
+
+    Genes and counts have the unsigned types they are stored in, which a sum or a product overflows: widen them
+    first. They may be views of what the store keeps in memory, and then are not writeable.
+    """
 
     offsets: np.ndarray  # int64 (cells + 1,)
-    genes: np.ndarray  # int64 (total,), ascending within a cell
-    counts: np.ndarray  # int64 (total,), 1 or more
+    genes: np.ndarray  # (total,), ascending within a cell
+    counts: np.ndarray  # (total,), 1 or more
 
 
 class TokenStore:
-    """An open store. `open_store` makes one."""
+    """An open store. `open_store` makes one. It pickles as its path, so that a worker process opens its own."""
 
-    def __init__(self, path: Path, manifest: dict) -> None:
+    def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
         self.digest: str = manifest["digest"]
         self.num_cells: int = manifest["num_cells"]
         self.num_train: int = manifest["num_train"]
         self.num_sources: int = len(manifest["sources"])
-        self._root = zarr.open_group(path / "cells.zarr", mode="r", zarr_format=3)
-        self._chunks: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self.unit: str = manifest["unit"]
+        self.num_genes: int = manifest["num_genes"]
+        with self._reading(""):
+            self._root = zarr.open_group(cells_folder(path), mode="r", zarr_format=3)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenStore, (self.path, self.manifest)
 
     @cached_property
     def genes(self) -> GeneTable:
-        var = self._frame("var")
-        share, detection_rate, theta = (var[name].to_numpy(np.float64) for name in ("share", "detection_rate", "theta"))
-        loadings = np.asarray(self._array("varm/loadings")[:])
-        ids, names = var.index.to_numpy(str), var["gene_name"].to_numpy(str)
+        var = self.var()
+        with self._reading("var"):
+            share, detection_rate, theta = (
+                var[name].to_numpy(np.float64) for name in ("share", "detection_rate", "theta")
+            )
+            ids, names = var.index.to_numpy(str), var["gene_name"].to_numpy(str)
+        loadings = self._array("varm/loadings", "f", (self.num_genes, None))
         return GeneTable(ids, names, share, detection_rate, theta, loadings)
 
     @cached_property
     def measured(self) -> np.ndarray:
         """bool (num_sources, V): which vocabulary genes each source measured."""
-        return np.ascontiguousarray(_read(self._array("varm/measured")).T)
+        return np.ascontiguousarray(self._array("varm/measured", "b", (self.num_genes, self.num_sources)).T)
 
     @cached_property
     def source_of_cell(self) -> np.ndarray:
         """int64 (num_cells,)"""
-        return _read(self._array("obs/source")).astype(np.int64)
+        source = self._array("obs/source", "iu", (self.num_cells,)).astype(np.int64)
+        if len(source) and not 0 <= source.min() <= source.max() < self.num_sources:
+            raise self._damaged("obs/source", f"it names source {source.max()} of {self.num_sources}")
+        return source
 
     @cached_property
     def num_tokens(self) -> np.ndarray:
         """int64 (num_cells,): expressed vocabulary genes of each cell."""
         return np.diff(self._indptr)
 
+    @cached_property
+    def groups(self) -> Groups | None:
+        """None unless the store was prepared with --group-by."""
+        if self.unit != "group":
+            return None
+        names = np.array(self._array("uns/groups/names", "OTU", (None,)).tolist(), dtype=str)
+        starts = self._array("uns/groups/starts", "iu", (len(names) + 1,)).astype(np.int64)
+        if not _ascends(starts, self.num_cells) or not (np.diff(starts) > 0).all():
+            raise self._damaged("uns/groups/starts", f"its groups are not the {self.num_cells:,} cells in order")
+        return Groups(names, starts, int(np.searchsorted(starts[:-1], self.num_train)))
+
+    def var(self) -> pd.DataFrame:
+        """The genes' table (V rows), indexed by gene id; `genes` has its columns as arrays."""
+        return self._frame("var", self.num_genes)
+
     def obs(self) -> pd.DataFrame:
         """The cells' metadata (num_cells rows), indexed by cell id."""
-        return self._frame("obs")
+        return self._frame("obs", self.num_cells)
 
     def cells(self, rows: np.ndarray) -> Cells:
         """The cells at `rows`, in that order, repeats allowed; consecutive rows are read as one slice."""
@@ -96,101 +130,97 @@ class TokenStore:
         if len(rows) and (rows.min() < 0 or rows.max() >= self.num_cells):
             raise IndexError(f"{self.path}: rows {rows.min()}..{rows.max()} of {self.num_cells} cells")
         starts, stops = self._indptr[rows], self._indptr[rows + 1]
-        offsets = np.concatenate([[0], np.cumsum(stops - starts)])
-        genes = np.empty(offsets[-1], dtype=np.int64)
-        counts = np.empty(offsets[-1], dtype=np.int64)
-        cuts = np.flatnonzero(np.diff(rows) != 1) + 1
-        run_starts = np.concatenate([[0], cuts])[: len(rows)]
-        run_stops = np.concatenate([cuts, [len(rows)]])
-        for first, last in zip(run_starts.tolist(), run_stops.tolist(), strict=False):
-            into = slice(int(offsets[first]), int(offsets[last]))
-            self._read(int(starts[first]), int(stops[last - 1]), genes[into], counts[into])
+        offsets = np.zeros(len(rows) + 1, dtype=np.int64)
+        np.cumsum(stops - starts, out=offsets[1:])
+        is_first = np.ones(len(rows), dtype=bool)
+        is_first[1:] = np.diff(rows) != 1
+        is_last = np.roll(is_first, -1)
+        genes, counts = self._chunks.read(starts[is_first], stops[is_last])
         return Cells(offsets, genes, counts)
 
     @cached_property
     def _indptr(self) -> np.ndarray:
-        return _read(self._array("X/indptr")).astype(np.int64)
+        """int64 (num_cells + 1,): the tokens of cell i are _indptr[i] .. _indptr[i + 1] - 1."""
+        folder = "X" if self.manifest["container"] == "zarr" else shards_webdataset.TABLE
+        indptr = self._array(f"{folder}/indptr", "iu", (self.num_cells + 1,)).astype(np.int64, copy=False)
+        if not _ascends(indptr, self.manifest["num_tokens"]):
+            raise self._damaged(f"{folder}/indptr", "its cells are not consecutive tokens")
+        return indptr
 
     @cached_property
-    def _genes_array(self) -> zarr.Array:
-        return self._array("X/indices")
+    def _chunks(self) -> ChunkCache:
+        with self._reading("X" if self.manifest["container"] == "zarr" else shards_webdataset.TABLE):
+            return ChunkCache(self._shards(), CACHE_BYTES, self._check_genes)
 
-    @cached_property
-    def _counts_array(self) -> zarr.Array:
-        return self._array("X/data")
+    def _check_genes(self, genes: np.ndarray) -> None:
+        if len(genes) and int(genes.max()) >= self.num_genes:
+            raise self._damaged("", f"a cell has gene {int(genes.max()):,} of a vocabulary of {self.num_genes:,}")
 
-    def _read(self, start: int, stop: int, genes: np.ndarray, counts: np.ndarray) -> None:
-        """Tokens start .. stop - 1 into the two arrays."""
-        if stop == start:
-            return
-        size = self._counts_array.chunks[0]
-        wanted = range(start // size, (stop - 1) // size + 1)
-        missing = [chunk for chunk in wanted if chunk not in self._chunks]
-        decoded = self._decode(missing[0], missing[-1] + 1) if missing else {}
-        for chunk in wanted:
-            if chunk in self._chunks:
-                self._chunks.move_to_end(chunk)
-            pair = self._chunks.get(chunk) or decoded[chunk]
-            low, high = max(start, chunk * size), min(stop, (chunk + 1) * size)
-            genes[low - start : high - start] = pair[0][low - chunk * size : high - chunk * size]
-            counts[low - start : high - start] = pair[1][low - chunk * size : high - chunk * size]
-        self._keep(decoded)
+    def _shards(self) -> Shards:
+        if self.manifest["container"] == "zarr":
+            return shards_zarr.ZarrShards(self.path, self._indptr)
+        rows = self._array(f"{shards_webdataset.TABLE}/rows", "iu", (None,))
+        block = self._array(f"{shards_webdataset.TABLE}/cells_per_block", "iu", (1,))
+        if int(block[0]) < 1 or not _ascends(rows, self.num_cells):
+            raise self._damaged(shards_webdataset.TABLE, "its shards are not the cells in order")
+        return shards_webdataset.TarShards(self.path, self.manifest, self._indptr, rows, int(block[0]))
 
-    def _decode(self, first: int, last: int) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        size = self._counts_array.chunks[0]
-        try:
-            genes = _read(self._genes_array, first * size, last * size)
-            counts = _read(self._counts_array, first * size, last * size)
-        except (ValueError, RuntimeError, OSError) as error:
-            raise DataError(
-                f"{self.path}: tokens {first * size:,} to {last * size:,} of X cannot be decoded "
-                f"({error}): the store is damaged. Run `cctrain inspect {self.path} --verify` "
-                "for all damage, then prepare it again."
-            ) from error
-        return {
-            first + i: (genes[i * size : (i + 1) * size], counts[i * size : (i + 1) * size])
-            for i in range(last - first)
-        }
+    def _array(self, name: str, kinds: str, shape: tuple[int | None, ...]) -> np.ndarray:
+        """A whole array with a dtype of one of these kinds; `shape` has None where any length will do."""
+        self._check_whole(name)
+        with self._reading(name):
+            found = self._root[name]
+            if not isinstance(found, zarr.Array) or len(found.shape) != len(shape):
+                raise self._damaged(name, "it is no array of as many dimensions")
+            if any(wanted not in (length, None) for length, wanted in zip(found.shape, shape, strict=True)):
+                raise self._damaged(name, f"its shape is {found.shape}")
+            values = np.asarray(found[:])
+        if values.dtype.kind not in kinds:
+            raise self._damaged(name, f"it holds {values.dtype}")
+        return values
 
-    def _keep(self, decoded: dict[int, tuple[np.ndarray, np.ndarray]]) -> None:
-        """Into the cache, which forgets what was not used for longest."""
-        if not decoded:
-            return
-        bytes_per_chunk = sum(array.nbytes for array in next(iter(decoded.values())))
-        room = max(1, CACHE_BYTES // bytes_per_chunk)
-        for chunk, (genes, counts) in list(decoded.items())[-room:]:
-            self._chunks[chunk] = (genes.copy(), counts.copy())  # a view would keep the whole slice alive
-        while len(self._chunks) > room:
-            self._chunks.popitem(last=False)
-
-    def _array(self, name: str) -> zarr.Array:
-        found = self._root[name]
-        assert isinstance(found, zarr.Array)
-        return found
-
-    def _frame(self, name: str) -> pd.DataFrame:
-        frame = anndata.io.read_elem(self._root[name])
-        assert isinstance(frame, pd.DataFrame)
+    def _frame(self, name: str, num_rows: int) -> pd.DataFrame:
+        self._check_whole(name)
+        with self._reading(name):
+            frame = anndata.io.read_elem(self._root[name])
+        if not isinstance(frame, pd.DataFrame) or len(frame) != num_rows:
+            raise self._damaged(name, f"it is no table of {num_rows:,} rows")
         return frame
+
+    def _damaged(self, name: str, what: str) -> DataError:
+        return DataError(f"{cells_folder(self.path) / name}: {what}: prepare the store again.")
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
+        """Zarr and anndata raise nearly every class of exception about metadata that cannot be."""
+        try:
+            yield
+        except DataError:
+            raise
+        except Exception as error:
+            text = " ".join(str(error).split())[:200]
+            raise self._damaged(name, f"cannot be read ({type(error).__name__}: {text})") from error
+
+    def _check_whole(self, name: str) -> None:
+        folder = f"{CELLS}/{name}/"
+        check_whole(self.path, self.manifest, [file for file in self.manifest["files"] if file.startswith(folder)])
+
+
+def _ascends(edges: np.ndarray, stop: int) -> bool:
+    """From 0 to `stop` without a step back."""
+    return len(edges) > 0 and edges[0] == 0 and edges[-1] == stop and bool((np.diff(edges) >= 0).all())
 
 
 def open_store(path: Path, digest: str | None = None) -> TokenStore:
-    """Open a store, after checking its manifest and that every file is there with its size; contents are not
-    read.
+    """Open a store, after checking its manifest and that every file is there, with its size and its end.
 
-    With `digest`, the content digest must be that one. Raises DataError.
+    Its other contents are checked as they are read. With `digest`, the content digest must be that one. Raises
+    DataError.
     """
     path = Path(path)
     manifest = read_manifest(path)
-    for name, entry in manifest["files"].items():
-        file = path / "cells.zarr" / name
-        if not file.is_file():
-            raise DataError(f"{file}: missing from the store {path}: copy the store again or prepare it again.")
-        if file.stat().st_size != entry["bytes"]:
-            raise DataError(
-                f"{file}: {file.stat().st_size:,} bytes, but its manifest says {entry['bytes']:,}: "
-                "it was cut short or altered; copy the store again or prepare it again."
-            )
+    check_fields(path, manifest)
+    check_files(path, manifest)
     if digest is not None and digest != manifest["digest"]:
         raise DataError(
             f"{path}: content digest {manifest['digest']}, but {digest} is asked for (data.digest): this is "
@@ -199,80 +229,35 @@ def open_store(path: Path, digest: str | None = None) -> TokenStore:
     return TokenStore(path, manifest)
 
 
-def read_manifest(path: Path) -> dict:
-    """The manifest of a store of this format and version; DataError if there is none."""
-    file = path / "manifest.json"
-    if not file.is_file():
-        raise DataError(f"{path}: not a token store: no manifest.json. `cctrain prepare` writes one.")
-    try:
-        manifest = json.loads(file.read_text())
-    except ValueError as error:
-        raise DataError(f"{file}: not valid JSON ({error}): copy the store again or prepare it again.") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise DataError(f"{file}: not the manifest of a token store (its format is not '{FORMAT}').")
-    if manifest.get("version") != VERSION:
-        raise DataError(
-            f"{file}: format version {manifest.get('version')}, and this cctrain reads {VERSION}: prepare "
-            "the store again with this version."
-        )
-    return manifest
-
-
 def verify_store(path: Path) -> list[str]:
     """Re-hash every file, then the content itself. One message per damage; [] if the store is whole."""
     path = Path(path)
     manifest = read_manifest(path)
-    messages = []
-    for name, entry in manifest["files"].items():
-        file = path / "cells.zarr" / name
-        if not file.is_file():
-            messages.append(f"{file}: missing")
-        elif file.stat().st_size != entry["bytes"]:
-            messages.append(f"{file}: {file.stat().st_size:,} bytes instead of {entry['bytes']:,}")
-        elif file_sha256(file) != entry["sha256"]:
-            messages.append(f"{file}: its bytes have changed (SHA-256 differs from the manifest)")
+    check_fields(path, manifest)
+    total = sum(entry["bytes"] for entry in manifest["files"].values())
+    with progress("hashing files", "bytes", total) as advance:
+        messages = damaged_files(path, manifest, advance)
     if messages:
         return messages
     store = TokenStore(path, manifest)
-    content = ContentDigest()
-    for first in range(0, store.num_cells, _CELLS_PER_CHECK):
-        rows = np.arange(first, min(first + _CELLS_PER_CHECK, store.num_cells))
-        cells = store.cells(rows)
-        content.add(np.diff(cells.offsets), store.source_of_cell[rows], cells.genes, cells.counts)
-    if content.hexdigest(store.genes.ids.tolist(), store.measured, store.num_train) != store.digest:
+    if content_digest(store) != store.digest:
         messages.append(f"{path}: the content does not have the digest of the manifest, {store.digest}")
     return messages
 
 
-class ContentDigest:
-    """SHA-256 of what a store holds, whatever its container: cells in order, genes, bitmaps, split."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-
-    def add(self, num_tokens: np.ndarray, source: np.ndarray, genes: np.ndarray, counts: np.ndarray) -> None:
-        """Per cell its number of tokens, source, genes and counts, as little-endian uint32."""
-        before = np.concatenate([[0], np.cumsum(num_tokens)])[:-1]
-        heads = 2 * np.arange(len(num_tokens)) + 2 * before
-        words = np.empty(2 * len(num_tokens) + 2 * len(genes), dtype="<u4")
-        words[heads], words[heads + 1] = num_tokens, source
-        within = np.arange(len(genes)) - np.repeat(before, num_tokens)
-        place = np.repeat(heads + 2, num_tokens) + within
-        words[place] = genes
-        words[place + np.repeat(num_tokens, num_tokens)] = counts
-        self._hash.update(words.tobytes())
-
-    def hexdigest(self, gene_ids: list[str], measured: np.ndarray, num_train: int) -> str:
-        """With the vocabulary, the bitmap (num_sources, V) and the split point; ends the hash."""
-        self._hash.update(vocabulary_digest(gene_ids).encode())
-        self._hash.update(np.packbits(np.asarray(measured, dtype=bool), axis=1).tobytes())
-        self._hash.update(np.array([len(gene_ids), len(measured), num_train], dtype="<u8").tobytes())
-        return self._hash.hexdigest()
-
-
-def _read(array: zarr.Array, start: int = 0, stop: int | None = None) -> np.ndarray:
-    return np.asarray(array[start:stop])
-
-
-def vocabulary_digest(gene_ids: list[str]) -> str:
-    return hashlib.sha256("\n".join(gene_ids).encode()).hexdigest()
+def content_digest(store: TokenStore) -> str:
+    """Read every cell, in order, and hash what it holds."""
+    content = ContentDigest()
+    ends = np.cumsum(store.num_tokens)
+    with progress("reading cells", "cells", store.num_cells) as advance:
+        first = 0
+        while first < store.num_cells:
+            before = ends[first] - store.num_tokens[first]
+            last = max(first + 1, int(np.searchsorted(ends, before + _TOKENS_PER_CHECK, side="right")))
+            rows = np.arange(first, last)
+            cells = store.cells(rows)
+            content.add(np.diff(cells.offsets), store.source_of_cell[rows], cells.genes, cells.counts)
+            advance(last - first)
+            first = last
+    starts = None if store.groups is None else store.groups.starts
+    return content.hexdigest(store.genes.ids.tolist(), store.measured, store.num_train, starts)

@@ -14,7 +14,7 @@ from cctrain.model.saved import save_weights
 from cctrain.model.transformer import Transformer
 from cctrain.run_directory import write_vocabulary
 from cctrain.training.train import build_model, resolve
-from tests.data.conftest import gene_ids, prepared, write_10x, write_h5ad
+from tests.data.conftest import gene_ids, prepared, write_10x, write_10x_h5, write_h5ad, write_zarr
 
 NUM_CELLS, NUM_GENES, WIDTH = 12, 40, 8
 
@@ -92,6 +92,15 @@ def test_a_10x_folder_and_versions_of_gene_ids_give_the_same_vectors(run, plain,
     assert written.obs_names.tolist() == [f"cell{i}" for i in range(NUM_CELLS)]
     assert np.array_equal(written.X.toarray(), counts())
     assert written.var_names.tolist() == gene_ids(NUM_GENES)
+
+
+@pytest.mark.parametrize(("write", "name"), [(write_zarr, "cells.zarr"), (write_10x_h5, "cells.h5")])
+def test_a_zarr_directory_and_a_10x_file_give_the_same_vectors_beside_their_counts(run, plain, tmp_path, write, name):
+    source = write(tmp_path / name, counts())
+    np.testing.assert_allclose(vectors(run, source, tmp_path / "out.h5ad"), plain, atol=1e-4)
+    written = anndata.read_h5ad(tmp_path / "out.h5ad")
+    assert written.obs_names.tolist() == [f"cell{i}" for i in range(NUM_CELLS)]
+    assert np.array_equal(written.X.toarray(), counts())
 
 
 def test_genes_that_were_not_measured_are_accepted_and_counted(run, plain, tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,7 +14,9 @@ import scipy.sparse as sp
 
 from cctrain.data.prepare import prepare
 from cctrain.data.quality import QualityControl
+from cctrain.data.sources import open_source
 from cctrain.data.store import TokenStore, open_store
+from cctrain.errors import DataError
 
 ANY_CELL = QualityControl(min_genes=1, min_cells=1)
 
@@ -31,8 +34,20 @@ def random_counts(num_cells: int, num_genes: int, seed: int = 0) -> np.ndarray:
     return counts
 
 
-def write_h5ad(
-    path: Path,
+def write_h5ad(path: Path, counts: np.ndarray, **options: Any) -> Path:
+    """Options: those of `as_anndata`."""
+    as_anndata(counts, **options).write_h5ad(path)
+    return path
+
+
+def write_zarr(path: Path, counts: np.ndarray, *, zarr_format: int = 3, **options: Any) -> Path:
+    """Options: those of `as_anndata`."""
+    with anndata.settings.override(zarr_write_format=zarr_format, auto_shard_zarr_v3=False):
+        as_anndata(counts, **options).write_zarr(path)
+    return path
+
+
+def as_anndata(
     counts: np.ndarray,
     *,
     form: Callable[[np.ndarray], Any] = sp.csr_matrix,
@@ -42,7 +57,7 @@ def write_h5ad(
     obs: dict[str, Any] | None = None,
     layers: dict[str, np.ndarray] | None = None,
     raw: np.ndarray | None = None,
-) -> Path:
+) -> anndata.AnnData:
     num_cells, num_genes = counts.shape
     genes = genes or gene_ids(num_genes)
     var = pd.DataFrame({"gene_name": names or [f"NAME{i}" for i in range(num_genes)]}, index=genes)
@@ -52,7 +67,40 @@ def write_h5ad(
     )
     if raw is not None:
         data.raw = anndata.AnnData(sp.csr_matrix(raw.astype(np.float32)), obs=data.obs, var=data.var)
-    data.write_h5ad(path)
+    return data
+
+
+def write_10x_h5(
+    path: Path,
+    counts: np.ndarray,
+    *,
+    version: int = 3,
+    genes: list[str] | None = None,
+    types: list[str] | None = None,
+    genomes: list[str] | None = None,
+) -> Path:
+    """The .h5 file of Cell Ranger 3 and later; or, with `version` 2, a group with all counts for each genome."""
+    num_cells, num_genes = counts.shape
+    by_cell = sp.csr_matrix(counts.astype(np.int32))
+    matrix = {
+        "barcodes": np.array([f"cell{i}" for i in range(num_cells)], dtype="S18"),
+        "data": by_cell.data,
+        "indices": by_cell.indices.astype(np.int64),
+        "indptr": by_cell.indptr.astype(np.int64),
+        "shape": np.array([num_genes, num_cells], dtype=np.int32),
+    }
+    ids = np.array(genes or gene_ids(num_genes), dtype="S")
+    names = np.array([f"NAME{i}" for i in range(num_genes)], dtype="S")
+    if version == 3:
+        places = {"matrix": {"features/id": ids, "features/name": names}}
+        places["matrix"]["features/feature_type"] = np.array(types or ["Gene Expression"] * num_genes, dtype="S")
+        places["matrix"]["features/genome"] = np.array(genomes or ["GRCh38"] * num_genes, dtype="S")
+    else:
+        places = {genome: {"genes": ids, "gene_names": names} for genome in genomes or ["GRCh38"]}
+    with h5py.File(path, "w") as file:
+        for group, lists in places.items():
+            for name, values in (matrix | lists).items():
+                file.create_dataset(f"{group}/{name}", data=values, chunks=True, compression="gzip")
     return path
 
 
@@ -91,6 +139,21 @@ def write_10x(
         else:
             (folder / name).write_text(text)
     return folder
+
+
+def read_all(path: Path, **options: Any) -> np.ndarray:
+    """(cells, genes) all counts of a source; its cells are read too."""
+    source = open_source(path, **options)
+    assert len(source.cell_ids) == source.num_cells
+    return np.concatenate([block.counts.toarray() for block in source.blocks()])
+
+
+def refused(path: Path, match: str, **options: Any) -> None:
+    """The source cannot be read, and one line says why and names the file."""
+    with pytest.raises(DataError, match=match) as error:
+        read_all(path, **options)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def prepared(out: Path, *sources: Path, **options: Any) -> TokenStore:

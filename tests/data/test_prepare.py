@@ -1,3 +1,5 @@
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -5,11 +7,12 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from cctrain.data import h5ad, store_writer
-from cctrain.data import prepare as prepare_module
+from cctrain.data import assemble, raw_blocks, scan
 from cctrain.data.prepare import prepare
 from cctrain.data.quality import QualityControl
+from cctrain.data.sources import CellBlock, Source
 from cctrain.data.store import TokenStore, verify_store
+from cctrain.data.store_layout import Layout
 from cctrain.errors import DataError, UsageError
 from tests.data.conftest import ANY_CELL, gene_ids, prepared, random_counts, write_10x, write_h5ad
 
@@ -23,6 +26,21 @@ def dense(store: TokenStore) -> np.ndarray:
 
 def sorted_rows(matrix: np.ndarray) -> list[tuple[int, ...]]:
     return sorted(map(tuple, matrix.tolist()))
+
+
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks, pieces, chunks and shards of a few cells, in this process."""
+    monkeypatch.setattr(raw_blocks, "COUNTS_PER_BLOCK", 100)
+    monkeypatch.setattr(raw_blocks, "CELLS_PER_BLOCK", 7)
+    monkeypatch.setattr(scan, "TOKENS_PER_PIECE", 90)
+    monkeypatch.setattr(assemble, "TOKENS_PER_PIECE", 90)
+    monkeypatch.setattr(assemble, "Layout", partial(Layout, tokens_per_chunk=32, tokens_per_shard=128))
+
+
+def same_files(one: Path, other: Path) -> bool:
+    files = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(other) for path in other.rglob("*") if path.is_file())
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in files)
 
 
 def test_every_form_of_the_same_cells_gives_the_same_digest(tmp_path):
@@ -42,11 +60,7 @@ def test_every_form_of_the_same_cells_gives_the_same_digest(tmp_path):
 def test_many_blocks_buckets_chunks_and_shards_give_the_same_store(tmp_path, monkeypatch):
     source = write_h5ad(tmp_path / "a.h5ad", random_counts(70, 20), form=sp.csc_matrix)
     whole = prepared(tmp_path / "whole", source)
-    monkeypatch.setattr(h5ad, "COUNTS_PER_BLOCK", 100)
-    monkeypatch.setattr(h5ad, "CELLS_PER_BLOCK", 7)
-    monkeypatch.setattr(prepare_module, "ENTRIES_PER_BUCKET", 90)
-    monkeypatch.setattr(store_writer, "TOKENS_PER_CHUNK", 32)
-    monkeypatch.setattr(store_writer, "TOKENS_PER_SHARD", 128)
+    small_parts(monkeypatch)
     pieces = prepared(tmp_path / "pieces", source)
     assert pieces.manifest["num_shards"] > 3
     assert pieces.digest == whole.digest
@@ -59,9 +73,7 @@ def test_preparing_twice_gives_the_same_bytes(tmp_path):
     obs = {"type": pd.Categorical(["a", "b"] * 20)}
     source = write_h5ad(tmp_path / "a.h5ad", random_counts(40, 12), obs=obs)
     first, second = prepared(tmp_path / "one", source), prepared(tmp_path / "two", source)
-    files = sorted(path.relative_to(first.path) for path in first.path.rglob("*") if path.is_file())
-    assert files == sorted(path.relative_to(second.path) for path in second.path.rglob("*") if path.is_file())
-    assert all((first.path / name).read_bytes() == (second.path / name).read_bytes() for name in files)
+    assert same_files(first.path, second.path)
     assert str(tmp_path) not in (first.path / "manifest.json").read_text()
 
 
@@ -231,6 +243,30 @@ def test_a_dry_run_writes_nothing_and_tells_what_would_come(tmp_path):
         assert plan[key] == manifest[key]
 
 
+@pytest.mark.parametrize(
+    "options", [{"held_out": 1e-9}, {"split_by": "donor", "hold_out": ["a"]}, {"group_by": "donor"}]
+)
+def test_a_dry_run_tells_it_for_every_kind_of_split(tmp_path, options):
+    source = write_h5ad(tmp_path / "a.h5ad", random_counts(40, 12), obs={"donor": list("abcd") * 10})
+    plan = prepare([source], tmp_path / "store", quality=ANY_CELL, dry_run=True, report=lambda message: None, **options)
+    manifest = prepared(tmp_path / "store", source, **options).manifest
+    for key in ("num_cells", "num_train", "num_genes", "num_tokens", "quality", "unit", "num_groups", "notes"):
+        assert plan[key] == manifest[key]
+
+
+def test_a_dry_run_reads_a_source_once(tmp_path, monkeypatch):
+    source = write_h5ad(tmp_path / "a.h5ad", random_counts(40, 12))
+    read, blocks = [], Source.blocks
+
+    def counted(self: Source, *arguments: int) -> Iterator[CellBlock]:
+        read.append(self.path)
+        return blocks(self, *arguments)
+
+    monkeypatch.setattr(Source, "blocks", counted)
+    prepare([source], tmp_path / "store", quality=ANY_CELL, dry_run=True, report=lambda message: None)
+    assert read == [source]
+
+
 def test_an_existing_store_is_replaced_only_when_asked_and_nothing_else_ever(tmp_path):
     source = write_h5ad(tmp_path / "a.h5ad", random_counts(20, 6))
     first = prepared(tmp_path / "store", source)
@@ -263,3 +299,74 @@ def test_a_source_given_twice_is_refused(tmp_path):
     source = write_h5ad(tmp_path / "a.h5ad", random_counts(5, 4))
     with pytest.raises(UsageError, match="twice"):
         prepared(tmp_path / "store", source, source)
+
+
+def test_the_manifest_says_how_much_of_a_source_the_vocabulary_holds(tmp_path):
+    counts = random_counts(40, 6)
+    counts[:, 5] = 0
+    counts[0, 5] = 7
+    store = prepared(
+        tmp_path / "store", write_h5ad(tmp_path / "a.h5ad", counts), quality=QualityControl(1, min_cells=2)
+    )
+    described = store.manifest["sources"][0]
+    assert (described["num_genes"], described["num_genes_in_vocabulary"]) == (6, 5)
+    assert described["share_of_counts_in_vocabulary"] == pytest.approx(1 - 7 / counts.sum(), abs=1e-6)
+
+
+def test_two_workers_write_the_bytes_of_one(tmp_path):
+    sources = [
+        write_h5ad(tmp_path / "a.h5ad", random_counts(40, 12), obs={"type": ["a", "b"] * 20}),
+        write_h5ad(tmp_path / "b.h5ad", random_counts(30, 12, seed=1), form=sp.csc_matrix, genes=gene_ids(12, first=4)),
+        write_10x(tmp_path / "c", random_counts(20, 12, seed=2)),
+    ]
+    stores = [prepared(tmp_path / f"store{n}", *sources, workers=n) for n in (1, 2)]
+    assert same_files(stores[0].path, stores[1].path)
+    assert verify_store(stores[0].path) == []
+
+
+def test_the_tar_form_holds_the_same_cells(tmp_path):
+    source = write_h5ad(tmp_path / "a.h5ad", random_counts(70, 20))
+    stores = [prepared(tmp_path / form, source, container=form) for form in ("zarr", "webdataset")]
+    assert stores[0].digest == stores[1].digest
+    assert np.array_equal(dense(stores[0]), dense(stores[1]))
+
+
+def test_a_source_that_fails_is_listed_and_the_others_are_as_without_it(tmp_path):
+    bad = random_counts(20, 6).astype(float)
+    bad[19, 3] = 0.5
+    sources = [
+        write_h5ad(tmp_path / "a.h5ad", random_counts(20, 6)),
+        write_h5ad(tmp_path / "bad.h5ad", bad),
+        tmp_path / "missing.h5ad",
+        write_h5ad(tmp_path / "c.h5ad", random_counts(20, 6, seed=5)),
+    ]
+    store = prepared(tmp_path / "store", *sources, keep_going=True)
+    failed = store.manifest["failed"]
+    assert [entry["name"] for entry in failed] == ["bad.h5ad", "missing.h5ad"]
+    assert "no raw counts" in failed[0]["error"]
+    assert str(tmp_path) not in str(failed)
+    good = prepared(tmp_path / "good", sources[0], sources[3])
+    assert good.digest == store.digest
+    assert good.manifest["sources"] == store.manifest["sources"]
+
+
+def test_a_source_that_fails_half_way_is_left_out_whole(tmp_path, monkeypatch):
+    small_parts(monkeypatch)
+    bad = random_counts(60, 6).astype(float)
+    bad[59, 3] = 0.5
+    sources = [write_h5ad(tmp_path / "bad.h5ad", bad), write_h5ad(tmp_path / "a.h5ad", random_counts(20, 6))]
+    store = prepared(tmp_path / "store", *sources, counts="X", keep_going=True)
+    assert "cell59" in store.manifest["failed"][0]["error"]
+    assert store.digest == prepared(tmp_path / "good", sources[1]).digest
+
+
+def test_no_source_left_is_an_error_even_with_keep_going(tmp_path):
+    with pytest.raises(DataError, match=r"(?s)No source can be read.*a\.h5ad.*b\.h5ad"):
+        prepared(tmp_path / "store", tmp_path / "a.h5ad", tmp_path / "b.h5ad", keep_going=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [{"container": "tar"}, {"min_matched": 0}, {"workers": 0}, {"hold_out": ["x"]}])
+def test_options_without_meaning_are_refused(tmp_path, options):
+    with pytest.raises(UsageError, match=next(iter(options)).replace("container", "format").replace("_", ".")):
+        prepare([Path("a.h5ad")], tmp_path / "store", quality=ANY_CELL, **options)

@@ -1,89 +1,180 @@
-import gzip
+import hashlib
+import pickle
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from cctrain.data import h5ad
+from cctrain.data import by_cell, raw_blocks, stored_matrix, tenx
 from cctrain.data.sources import open_source
 from cctrain.errors import DataError
-from tests.data.conftest import gene_ids, random_counts, write_10x, write_h5ad
+from tests.data.conftest import gene_ids, random_counts, read_all, write_10x, write_10x_h5, write_h5ad, write_zarr
+
+CSR, CSC, DENSE = sp.csr_matrix, sp.csc_matrix, np.asarray
+
+FORMS: dict[str, Callable[[Path, np.ndarray], Path]] = {
+    "h5ad csr": lambda folder, counts: write_h5ad(folder / "a.h5ad", counts, form=CSR),
+    "h5ad csc": lambda folder, counts: write_h5ad(folder / "a.h5ad", counts, form=CSC),
+    "h5ad dense": lambda folder, counts: write_h5ad(folder / "a.h5ad", counts, form=DENSE),
+    "h5ad raw": lambda folder, counts: write_h5ad(folder / "a.h5ad", np.log1p(counts), raw=counts),
+    "zarr 3 csr": lambda folder, counts: write_zarr(folder / "a.zarr", counts, form=CSR),
+    "zarr 3 csc": lambda folder, counts: write_zarr(folder / "a.zarr", counts, form=CSC),
+    "zarr 3 dense": lambda folder, counts: write_zarr(folder / "a.zarr", counts, form=DENSE),
+    "zarr 2 csr": lambda folder, counts: write_zarr(folder / "a.zarr", counts, form=CSR, zarr_format=2),
+    "zarr 2 csc": lambda folder, counts: write_zarr(folder / "a.zarr", counts, form=CSC, zarr_format=2),
+    "zarr 2 dense": lambda folder, counts: write_zarr(folder / "a.zarr", counts, form=DENSE, zarr_format=2),
+    "zarr layer": lambda folder, counts: write_zarr(folder / "a.zarr", np.log1p(counts), layers={"umi": counts}),
+    "10x h5 v3": lambda folder, counts: write_10x_h5(folder / "a.h5", counts),
+    "10x h5 v2": lambda folder, counts: write_10x_h5(folder / "a.h5", counts, version=2),
+    "10x folder": lambda folder, counts: write_10x(folder / "run", counts),
+    "10x folder gz": lambda folder, counts: write_10x(folder / "run", counts, compressed=True),
+}
 
 
-def read_all(path: Path, **options) -> np.ndarray:
-    return np.concatenate([block.counts.toarray() for block in open_source(path, **options).blocks()])
+@pytest.fixture(params=FORMS)
+def form(request: pytest.FixtureRequest) -> Callable[[Path, np.ndarray], Path]:
+    return FORMS[request.param]
 
 
-@pytest.mark.parametrize("form", [sp.csr_matrix, sp.csc_matrix, np.asarray])
-def test_every_form_of_x_gives_the_same_counts(tmp_path, form, monkeypatch):
-    monkeypatch.setattr(h5ad, "COUNTS_PER_BLOCK", 40)  # several blocks, several buckets
-    monkeypatch.setattr(h5ad, "_DENSE_PER_BLOCK", 40)
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks, and several ranges of cells in what is re-ordered."""
+    monkeypatch.setattr(raw_blocks, "COUNTS_PER_BLOCK", 40)
+    monkeypatch.setattr(raw_blocks, "CELLS_PER_BLOCK", 5)
+    monkeypatch.setattr(stored_matrix, "DENSE_PER_READ", 90)
+    monkeypatch.setattr(stored_matrix, "_SENT_AT_A_TIME", 30)
+
+
+def test_the_same_cells_give_the_same_blocks_in_every_form(tmp_path, form, small_blocks):
     counts = random_counts(23, 10)
-    assert np.array_equal(read_all(write_h5ad(tmp_path / "a.h5ad", counts, form=form)), counts)
+    source = open_source(form(tmp_path, counts))
+    blocks = list(source.blocks())
+    assert np.array_equal(np.concatenate([block.counts.toarray() for block in blocks]), counts)
+    assert (source.num_cells, source.gene_ids, source.gene_names[3]) == (23, gene_ids(10), "NAME3")
+    assert source.cell_ids == [f"cell{i}" for i in range(23)]
+    assert source.num_duplicate_genes == 0
+    assert source.notes == []
 
 
-@pytest.mark.parametrize("compressed", [False, True])
-def test_a_10x_folder_is_read_whatever_the_order_of_its_lines(tmp_path, compressed):
-    counts = random_counts(17, 10)
-    shuffled = np.random.default_rng(1).permutation(np.count_nonzero(counts))
-    folder = write_10x(tmp_path / "run", counts, order=shuffled, compressed=compressed)
-    source = open_source(folder)
-    assert source.counts_from == "matrix.mtx"
-    assert source.cell_ids[3] == "cell3"
-    assert source.gene_names[3] == "NAME3"
-    assert np.array_equal(read_all(folder), counts)
-    assert np.array_equal(np.concatenate([b.counts.toarray() for b in source.blocks()]), counts)
-
-
-def test_blocks_are_consecutive_and_small(tmp_path, monkeypatch):
-    monkeypatch.setattr(h5ad, "CELLS_PER_BLOCK", 5)
+def test_blocks_are_consecutive_small_and_clean_in_every_form(tmp_path, form, small_blocks):
     counts = random_counts(23, 10)
-    blocks = list(open_source(write_h5ad(tmp_path / "a.h5ad", counts)).blocks())
-    assert [block.start for block in blocks] == [0, 5, 10, 15, 20]
-    assert all(block.counts.has_sorted_indices and (block.counts.data > 0).all() for block in blocks)
-    assert blocks[0].counts.dtype == np.int64
+    blocks = [(block.start, block.counts) for block in open_source(form(tmp_path, counts)).blocks()]
+    assert [start for start, _ in blocks] == np.cumsum([0, *(part.shape[0] for _, part in blocks)])[:-1].tolist()
+    for _, part in blocks:
+        assert part.shape[0] <= 5
+        assert part.nnz <= 40 or part.shape[0] == 1
+        assert part.has_canonical_format
+        assert (part.data > 0).all()
+        assert part.dtype == np.int64
 
 
-@pytest.mark.parametrize("form", [sp.csr_matrix, sp.csc_matrix, np.asarray])
+def test_any_range_of_cells_can_be_read_in_every_form(tmp_path, form, small_blocks):
+    counts = random_counts(23, 10)
+    path = form(tmp_path, counts)
+    source = open_source(path)
+    for start, stop in ((0, 1), (4, 17), (13, 14), (22, 23)):
+        blocks = list(source.blocks(start, stop))
+        assert blocks[0].start == start
+        assert np.array_equal(np.concatenate([block.counts.toarray() for block in blocks]), counts[start:stop])
+    assert list(source.blocks(9, 9)) == []
+
+
+def test_pieces_cover_all_cells_evenly_and_are_the_same_for_everybody(tmp_path, form, small_blocks):
+    counts = random_counts(60, 10)
+    path = form(tmp_path, counts)
+    edges = open_source(path, scratch=tmp_path / "one").piece_edges(100)
+    assert np.array_equal(edges, open_source(path, scratch=tmp_path / "two").piece_edges(100))
+    assert edges.dtype == np.int64
+    assert (edges[0], edges[-1]) == (0, 60)
+    assert len(edges) >= 3
+    assert (np.diff(edges) > 0).all()
+    per_piece = np.add.reduceat(np.count_nonzero(counts, axis=1), edges[:-1])
+    assert per_piece.max() <= 120
+
+
+@pytest.mark.parametrize("name", ["h5ad csc", "zarr 3 csc", "10x folder"])
+def test_a_matrix_stored_by_gene_is_arranged_once_for_all_who_share_the_scratch_folder(tmp_path, name, small_blocks):
+    counts = random_counts(23, 10)
+    path = FORMS[name](tmp_path, counts)
+    open_source(path, scratch=tmp_path / "scratch").arrange()
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "scratch").rglob("*")}
+    assert np.array_equal(read_all(path, scratch=tmp_path / "scratch"), counts)
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "scratch").rglob("*")} == before
+
+
+def test_a_matrix_stored_by_gene_is_arranged_again_when_its_file_has_changed(tmp_path):
+    path = write_h5ad(tmp_path / "a.h5ad", random_counts(9, 4), form=CSC)
+    open_source(path, scratch=tmp_path / "scratch").arrange()
+    write_h5ad(path, random_counts(9, 4, seed=1), form=CSC)
+    assert np.array_equal(read_all(path, scratch=tmp_path / "scratch"), random_counts(9, 4, seed=1))
+
+
+@pytest.mark.parametrize("name", ["h5ad csr", "zarr 3 dense", "10x h5 v3"])
+def test_arranging_a_matrix_that_is_stored_by_cell_copies_nothing(tmp_path, name):
+    path = FORMS[name](tmp_path, random_counts(9, 4))
+    open_source(path, scratch=tmp_path / "scratch").arrange()
+    assert list((tmp_path / "scratch").glob("by-cell-*")) == []
+
+
+@pytest.mark.parametrize("name", ["h5ad csr", "h5ad csc", "h5ad dense", "10x h5 v3", "10x folder"])
+def test_memory_does_not_grow_with_the_number_of_cells(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(raw_blocks, "COUNTS_PER_BLOCK", 5_000)
+    monkeypatch.setattr(stored_matrix, "DENSE_PER_READ", 10_000)
+    monkeypatch.setattr(stored_matrix, "_SENT_AT_A_TIME", 5_000)
+    monkeypatch.setattr(tenx, "_TEXT_PER_PIECE", 20_000)
+    monkeypatch.setattr(by_cell, "_MAX_OPEN_FILES", 4)
+
+    def peak(num_cells: int) -> int:
+        folder = tmp_path / str(num_cells)
+        folder.mkdir()
+        path = FORMS[name](folder, random_counts(num_cells, 50))
+        source = open_source(path, scratch=folder / "scratch")
+        tracemalloc.start()
+        assert sum(block.counts.shape[0] for block in source.blocks()) == num_cells
+        largest = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return largest
+
+    few, many = peak(1_000), peak(8_000)
+    assert many - few < 250_000  # some 30 bytes a cell; the entries alone would take 12 bytes x 160,000 more
+
+
+@pytest.mark.parametrize("write", [write_h5ad, write_zarr])
+@pytest.mark.parametrize("form", [CSR, CSC, DENSE])
 @pytest.mark.parametrize("value", [-1.0, 0.5, np.nan, np.inf])
-def test_a_value_that_is_no_count_is_named_with_its_cell_and_gene(tmp_path, form, value):
+def test_a_value_that_is_no_count_is_named_with_its_cell_and_gene(tmp_path, write, form, value):
     counts = random_counts(12, 6).astype(float)
     counts[7, 4] = value
-    path = write_h5ad(tmp_path / "bad.h5ad", counts, form=form)
+    path = write(tmp_path / "bad", counts, form=form)
     with pytest.raises(DataError) as error:
         list(open_source(path, counts="X").blocks())
-    assert all(text in str(error.value) for text in ("bad.h5ad", "cell7", "row 7", gene_ids(6)[4], str(value)))
+    assert all(text in str(error.value) for text in ("bad", "cell7", "row 7", gene_ids(6)[4], str(value)))
 
 
-def test_a_fraction_in_a_matrix_market_file_is_named_with_its_cell_and_gene(tmp_path):
-    folder = write_10x(tmp_path / "run", random_counts(5, 4))
-    matrix = folder / "matrix.mtx"
-    lines = matrix.read_text().replace("integer", "real").splitlines()
-    lines[3] = lines[3].rsplit(" ", 1)[0] + " 1.5"
-    matrix.write_text("\n".join(lines) + "\n")
-    with pytest.raises(DataError, match=r"1\.5 for gene 'ENSG00000000000' in cell 'cell0' \(row 0\)"):
-        list(open_source(folder).blocks())
-
-
-def test_counts_are_found_in_raw_or_in_the_one_layer_that_has_them(tmp_path):
+@pytest.mark.parametrize("write", [write_h5ad, write_zarr])
+def test_counts_are_found_in_raw_or_in_the_one_layer_that_has_them(tmp_path, write):
     counts = random_counts(12, 6)
     logs = np.log1p(counts)
-    in_raw = write_h5ad(tmp_path / "raw.h5ad", logs, raw=counts, layers={"scaled": logs - 1})
-    in_layer = write_h5ad(tmp_path / "layer.h5ad", logs, layers={"umi": counts, "scaled": logs - 1})
+    in_raw = write(tmp_path / "raw", logs, raw=counts, layers={"scaled": logs - 1})
+    in_layer = write(tmp_path / "layer", logs, layers={"umi": counts, "scaled": logs - 1})
     assert open_source(in_raw).counts_from == "raw.X"
     assert open_source(in_layer).counts_from == "layers/umi"
     assert np.array_equal(read_all(in_raw), counts)
     assert np.array_equal(read_all(in_layer), counts)
 
 
-def test_no_counts_or_two_layers_of_counts_are_errors_that_list_what_is_there(tmp_path):
+@pytest.mark.parametrize("write", [write_h5ad, write_zarr])
+def test_no_counts_or_two_layers_of_counts_are_errors_that_list_what_is_there(tmp_path, write):
     counts = random_counts(12, 6)
     logs = np.log1p(counts)
     with pytest.raises(DataError, match="no raw counts"):
-        open_source(write_h5ad(tmp_path / "a.h5ad", logs, layers={"scaled": logs}))
-    two = write_h5ad(tmp_path / "b.h5ad", logs, layers={"one": counts, "two": counts})
+        open_source(write(tmp_path / "a", logs, layers={"scaled": logs}))
+    two = write(tmp_path / "b", logs, layers={"one": counts, "two": counts})
     with pytest.raises(DataError, match="layers/one, layers/two look like counts"):
         open_source(two)
     assert open_source(two, counts="layers/two").counts_from == "layers/two"
@@ -118,12 +209,14 @@ def test_ensembl_ids_are_found_in_a_column_when_the_index_holds_names(tmp_path):
     assert source.gene_names == names
 
 
-def test_antibodies_are_not_taken_for_genes(tmp_path):
+@pytest.mark.parametrize("write", [write_10x, write_10x_h5])
+def test_antibodies_are_not_taken_for_genes(tmp_path, write):
     counts = random_counts(6, 3)
     kinds = ["Gene Expression", "Antibody Capture", "Gene Expression"]
-    folder = write_10x(tmp_path / "run", counts, types=kinds)
-    assert open_source(folder).gene_ids == [gene_ids(3)[0], gene_ids(3)[2]]
-    assert np.array_equal(read_all(folder), counts[:, [0, 2]])
+    path = write(tmp_path / "run", counts, types=kinds)
+    assert open_source(path).gene_ids == [gene_ids(3)[0], gene_ids(3)[2]]
+    assert open_source(path).notes == ["1 features that are not gene expression were left out"]
+    assert np.array_equal(read_all(path), counts[:, [0, 2]])
 
 
 def test_a_column_of_biotypes_leaves_no_gene_out(tmp_path):
@@ -131,63 +224,104 @@ def test_a_column_of_biotypes_leaves_no_gene_out(tmp_path):
     assert open_source(folder).gene_ids == gene_ids(3)
 
 
-def test_a_matrix_market_file_that_was_cut_short_is_refused(tmp_path):
-    folder = write_10x(tmp_path / "run", random_counts(6, 4))
-    lines = (folder / "matrix.mtx").read_text().splitlines()
-    (folder / "matrix.mtx").write_text("\n".join(lines[:-2]) + "\n")
-    with pytest.raises(DataError, match="its header says"):
-        list(open_source(folder).blocks())
+@pytest.mark.parametrize("dtype", [np.int8, np.uint16, np.int64, np.float16, np.float64, ">f4", ">i8", bool])
+@pytest.mark.parametrize("form", [CSR, CSC])
+def test_counts_of_every_dtype_are_read(tmp_path, form, dtype):
+    counts = random_counts(9, 4) if dtype is not bool else random_counts(9, 4) > 0
+    path = write_h5ad(tmp_path / "a.h5ad", counts, form=form)
+    with h5py.File(path, "r+") as file:
+        data = file["X/data"][:].astype(dtype)
+        del file["X/data"]
+        file["X/data"] = data
+    assert np.array_equal(read_all(path), counts)
 
 
-def test_a_compressed_matrix_that_was_cut_short_is_refused(tmp_path):
-    folder = write_10x(tmp_path / "run", random_counts(60, 40), compressed=True)
-    whole = (folder / "matrix.mtx.gz").read_bytes()
-    (folder / "matrix.mtx.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match="cut short"):
-        list(open_source(folder).blocks())
+def test_a_table_keeps_its_columns_and_the_order_of_its_cells(tmp_path):
+    obs = {"kind": pd.Categorical(["a", "b", "a"]), "age": [1.5, np.nan, 3], "batch": ["x", "y", "z"]}
+    cells = ["third", "first", "second"]
+    for path in (
+        write_h5ad(tmp_path / "a.h5ad", random_counts(3, 4), obs=obs, cells=cells),
+        write_zarr(tmp_path / "a.zarr", random_counts(3, 4), obs=obs, cells=cells),
+        write_zarr(tmp_path / "b.zarr", random_counts(3, 4), obs=obs, cells=cells, zarr_format=2),
+    ):
+        source = open_source(path)
+        assert source.cell_ids == cells
+        assert list(source.obs.columns) == ["kind", "age", "batch"]
+        assert source.obs["kind"].tolist() == ["a", "b", "a"]
 
 
-def test_a_matrix_market_index_out_of_range_is_refused(tmp_path):
-    folder = write_10x(tmp_path / "run", random_counts(6, 4))
-    lines = (folder / "matrix.mtx").read_text().splitlines()
-    lines[5] = "9 1 3"
-    (folder / "matrix.mtx").write_text("\n".join(lines) + "\n")
-    with pytest.raises(DataError, match="gene 9 of 4"):
-        list(open_source(folder).blocks())
+def test_the_digest_of_a_directory_changes_with_any_of_its_files(tmp_path):
+    path = write_zarr(tmp_path / "a.zarr", random_counts(9, 4))
+    before = open_source(path).digests()
+    assert list(before) == ["a.zarr"]
+    assert before == open_source(path).digests()
+    (path / "obs" / "zarr.json").write_text((path / "obs" / "zarr.json").read_text() + " ")
+    assert open_source(path).digests() != before
 
 
-def test_lists_that_do_not_fit_the_matrix_are_refused(tmp_path):
-    folder = write_10x(tmp_path / "run", random_counts(6, 4))
-    (folder / "barcodes.tsv").write_text("a\nb\n")
-    with pytest.raises(DataError, match="do not belong together"):
-        list(open_source(folder).blocks())
+def test_the_digest_of_a_file_is_that_of_its_bytes(tmp_path):
+    path = write_10x_h5(tmp_path / "a.h5", random_counts(9, 4))
+    assert open_source(path).digests() == {"a.h5": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+@pytest.mark.parametrize("write", [write_h5ad, write_zarr])
+def test_a_cell_or_a_gene_without_an_id_is_refused(tmp_path, write):
+    source = open_source(write(tmp_path / "a", random_counts(3, 4), cells=["one", "", "three"]))
+    with pytest.raises(DataError, match="row 1 has no id"):
+        list(source.cell_ids)
+    with pytest.raises(DataError, match="column 2 has no id"):
+        open_source(write(tmp_path / "b", random_counts(3, 4), genes=["A", "B", "", "D"]))
+
+
+def test_two_cells_of_the_same_id_are_both_read(tmp_path):
+    counts = random_counts(3, 4)
+    path = write_h5ad(tmp_path / "a.h5ad", counts, cells=["one", "two", "one"])
+    assert open_source(path).cell_ids == ["one", "two", "one"]
+    assert np.array_equal(read_all(path), counts)
 
 
 def test_what_is_no_source_is_an_error_that_says_what_was_looked_for(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "text.h5ad").write_text("no cells")
+    (tmp_path / "empty.h5").write_bytes(b"")
     with h5py.File(tmp_path / "other.h5ad", "w") as file:
         file["something"] = 1
     with pytest.raises(DataError, match="no such file"):
         open_source(tmp_path / "absent.h5ad")
     with pytest.raises(DataError, match=r"no matrix\.mtx"):
         open_source(tmp_path / "folder")
-    with pytest.raises(DataError, match=r"not an \.h5ad file"):
-        open_source(tmp_path / "text.h5ad")
+    for name in ("text.h5ad", "empty.h5"):
+        with pytest.raises(DataError, match=r"not an \.h5ad file"):
+            open_source(tmp_path / name)
     with pytest.raises(DataError, match="none of X, raw/X and layers"):
         open_source(tmp_path / "other.h5ad")
 
 
-def test_a_damaged_index_in_an_h5ad_file_is_refused(tmp_path):
-    path = write_h5ad(tmp_path / "a.h5ad", random_counts(6, 4))
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.95])
+@pytest.mark.parametrize("name", ["h5ad csr", "10x h5 v3"])
+def test_a_file_that_was_cut_short_is_refused(tmp_path, name, share):
+    path = FORMS[name](tmp_path, random_counts(40, 30))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(DataError, match="cut short"):
+        open_source(path)
+
+
+class Exploit:
+    """What a pickle runs when it is loaded."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+def test_a_pickle_in_uns_is_not_executed(tmp_path):
+    counts = random_counts(9, 4)
+    path = write_h5ad(tmp_path / "a.h5ad", counts)
     with h5py.File(path, "r+") as file:
-        file["X/indices"][2] = 77
-    with pytest.raises(DataError, match=r"gene index outside 0\.\.3"):
-        list(open_source(path).blocks())
-
-
-def test_a_plain_text_table_with_a_gzip_name_is_refused(tmp_path):
-    folder = write_10x(tmp_path / "run", random_counts(6, 4), compressed=True)
-    (folder / "barcodes.tsv.gz").write_bytes(gzip.compress(b"cell0\n")[:-4])
-    with pytest.raises(DataError, match=r"barcodes\.tsv\.gz"):
-        open_source(folder)
+        file["uns/evil"] = np.void(pickle.dumps(Exploit(tmp_path / "executed")))
+    assert np.array_equal(read_all(path), counts)
+    assert open_source(path).cell_ids[0] == "cell0"
+    assert not (tmp_path / "executed").exists()

@@ -132,6 +132,16 @@ def test_shares_satisfy_the_poisson_likelihood_equations():
     assert shares == pytest.approx(totals.sum(axis=0) / (sizes @ measured), rel=1e-7)
 
 
+def test_a_gene_without_a_count_has_half_of_one_and_the_others_keep_their_proportions():
+    measured = np.array([[True, True, True, False], [True, True, False, False]])
+    shares = gene_shares(np.array([[6, 3, 0, 0], [2, 1, 0, 0]]), measured)
+    assert shares[0] == pytest.approx(2 * shares[1])
+    assert (shares[2:] > 0).all()
+    assert (shares[2:] < shares[1]).all()
+    assert shares.sum() == pytest.approx(1)
+    assert gene_shares(np.array([[6, 3, 0]]), np.ones((1, 3), bool)) == pytest.approx(np.array([6, 3, 0.5]) / 9.5)
+
+
 def test_detection_is_relative_to_the_cells_whose_source_measures_the_gene():
     measured = np.array([[True, True], [False, True]])
     rates = detection_rates(np.array([[5, 2], [0, 6]]), np.array([10, 30]), measured)
