@@ -53,10 +53,21 @@ class DataConfig:
     digest: str | None = fixed(
         "Content digest that the store must have. Default: taken from the store at the first start.", None
     )
-    context: str = fixed("What one context holds: `cell`.", "cell")
+    context: str = fixed(
+        "What one context holds: a `cell`, or the cells of a `group` (of a store prepared with --group-by).",
+        "cell",
+    )
+    window: int | None = fixed(
+        "With data.context=group: so many consecutive cells of a group at most, instead of all of them.", None
+    )
     max_tokens: int | None = fixed(
-        "Most visible tokens of a context (its targets come on top); a longer cell is represented by a "
+        "Most visible tokens of a cell (its targets come on top); a longer cell is represented by a "
         "seeded sample. Default: the 99th percentile of the store's cells.",
+        None,
+    )
+    weights: str | None = fixed(
+        "An obs column that says how often training samples come, drawn with replacement: its numbers are weights; of "
+        "its names (cell types, say) each comes equally often. Default: every sample once an epoch.",
         None,
     )
     global_batch: int = fixed("Contexts that one optimizer step consumes, whatever the number of ranks.", 16)
@@ -65,8 +76,14 @@ class DataConfig:
         "context if that is longer.",
         None,
     )
+    workers: int | None = free(
+        "Background processes of each rank that make the next batches while it trains on this one; 0: none. The steps "
+        "are the same. Raise it if `data_seconds` in metrics.jsonl is a visible part of `step_seconds`; a worker takes "
+        "0.1 GB, and up to 0.5 GB for decoded cells. Default: 2 on GPUs; 0 on CPUs, where training needs the cores.",
+        None,
+    )
     block: int = fixed("Consecutive samples of the store that stay together when the order is shuffled.", 64)
-    window: int = fixed("Blocks that are mixed with each other sample by sample.", 64)
+    mixed_blocks: int = fixed("Blocks that are mixed with each other sample by sample.", 64)
 
 
 @dataclass
@@ -91,6 +108,9 @@ class ModelConfig:
         "Attention kernels: `auto` (by device, dtype and shape), or `flash_cuda`, `cutlass_cuda`, `flash_cpu`, or "
         "`reference`: plain PyTorch, slow.",
         "auto",
+    )
+    cell_encoding: int | None = fixed(
+        "Random signs that tell the cells of a context apart. Default: 128 with data.context=group, else 0: none.", None
     )
     init_from: str | None = fixed("A run whose weights to start from; genes are matched by id.", None)
 
@@ -150,7 +170,12 @@ class ParallelConfig:
 class MemoryConfig:
     checkpointing: bool = free("Recompute each layer's activations in backward instead of keeping them.", False)
     offload: str = free(
-        "Where checkpoints of activations wait for backward: `device`, or `host` memory (on GPUs).", "device"
+        "Where checkpoints of activations wait for backward: `device`, `host` memory (on GPUs), or `disk`: temporary "
+        "files of 4 bytes × tokens × width × (depth + 1) in all.",
+        "device",
+    )
+    offload_dir: str | None = free(
+        "Folder on a fast local disk for memory.offload=disk. Default: the system's folder for temporary files.", None
     )
     tile_tokens: int | None = free(
         "Tokens that go through a criss-cross layer at a time; its peak memory follows. Default: 4,096 on CPUs, where "
@@ -251,18 +276,19 @@ def to_yaml(config: Config) -> str:
 
 def check_config(config: Config) -> None:
     """Raise UsageError for values that no type can exclude."""
-    _one_of("data.context", config.data.context, ["cell"])
+    _one_of("data.context", config.data.context, ["cell", "group"])
     _one_of("model.attention", config.model.attention, ["criss_cross", "dense"])
     _one_of("training.precision", config.training.precision, ["fp32", "bf16", "fp16"])
     _one_of("training.schedule", config.training.schedule, ["cosine", "wsd"])
     _one_of("parallel.zero_stage", config.parallel.zero_stage, [0, 1, 2, 3])
     _one_of("model.backend", config.model.backend, ["auto", "flash_cuda", "cutlass_cuda", "flash_cpu", "reference"])
-    _one_of("memory.offload", config.memory.offload, ["device", "host"])
+    _one_of("memory.offload", config.memory.offload, ["device", "host", "disk"])
     positive = {
         "data.max_tokens": config.data.max_tokens,
         "data.global_batch": config.data.global_batch,
         "data.micro_batch_tokens": config.data.micro_batch_tokens,
         "data.block": config.data.block,
+        "data.mixed_blocks": config.data.mixed_blocks,
         "data.window": config.data.window,
         "model.width": config.model.width,
         "model.depth": config.model.depth,
@@ -285,6 +311,7 @@ def check_config(config: Config) -> None:
         if value is not None and not 0 < value < math.inf:
             raise UsageError(f"{key}={value} must be above 0, and finite")
     not_negative = {
+        "data.workers": config.data.workers,
         "training.clip": config.training.clip,
         "training.warmup": config.training.warmup,
         "training.weight_decay": config.training.weight_decay,
@@ -292,9 +319,10 @@ def check_config(config: Config) -> None:
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep_every": config.checkpoint.keep_every,
         "run.seed": config.run.seed,
+        "model.cell_encoding": config.model.cell_encoding or 0,
     }
     for key, value in not_negative.items():
-        if not 0 <= value < math.inf:
+        if value is not None and not 0 <= value < math.inf:
             raise UsageError(f"{key}={value} must be 0 or above, and finite")
     shares = {  # the value, and whether it may be 0 or 1
         "objective.target_rate": (config.objective.target_rate, False, False),
@@ -308,8 +336,15 @@ def check_config(config: Config) -> None:
         if not 0 <= share <= 1 or (share == 0 and not may_be_0) or (share == 1 and not may_be_1):
             low, high = ("" if may_be_0 else " (excluded)"), ("" if may_be_1 else " (excluded)")
             raise UsageError(f"{key}={share} must lie between 0{low} and 1{high}")
-    if config.memory.offload == "host" and not config.memory.checkpointing:
-        raise UsageError("memory.offload=host moves the checkpoints of memory.checkpointing, which is off: set it too")
+    if config.data.window is not None and config.data.context != "group":
+        raise UsageError(
+            f"data.window={config.data.window} cuts groups and needs data.context=group: set it, or drop the window"
+        )
+    if config.memory.offload != "device" and not config.memory.checkpointing:
+        raise UsageError(
+            f"memory.offload={config.memory.offload} moves the checkpoints of memory.checkpointing, which is off: set "
+            "it too"
+        )
     if config.training.compile and config.parallel.zero_stage == 3:
         raise UsageError("training.compile does not know the sharded weights of parallel.zero_stage=3: switch one off")
     if config.parallel.context > 1 and config.model.attention == "dense":

@@ -22,8 +22,8 @@ from cctrain.config import load_config, to_yaml
 from cctrain.data.store import open_store
 from cctrain.run_directory import open_run, write_vocabulary
 from cctrain.tracking.journal import Journal, read_journal
+from cctrain.training.data import resolve
 from cctrain.training.guards import read_outcome, write_outcome
-from cctrain.training.train import resolve
 from tests.data.conftest import gene_ids, write_10x, write_h5ad
 
 CELL_YAML = Path(__file__).parents[1] / "configs" / "cell.yaml"

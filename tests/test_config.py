@@ -123,7 +123,8 @@ def test_every_key_has_a_sentence_and_says_what_a_resumed_run_may_do_with_it():
 
 def test_what_decides_the_order_of_samples_and_the_shape_of_the_model_is_fixed():
     resume = {key: kind for key, (_, kind, _) in field_help().items()}
-    science = ("model.", "objective.", "run.seed", "data.digest", "data.global_batch", "data.block", "data.window")
+    order = ("data.digest", "data.global_batch", "data.block", "data.mixed_blocks", "data.window", "data.weights")
+    science = ("model.", "objective.", "run.seed", *order)
     how = "model.backend"
     assert {kind for key, kind in resume.items() if key.startswith(science) and key != how} == {"fixed"}
     assert {resume[key] for key in ("training.steps", "training.learning_rate", "training.precision")} == {"schedule"}
@@ -252,6 +253,8 @@ def test_an_override_that_cannot_be_read_is_an_error(load, override):
         "data.micro_batch_tokens=-1",
         "data.block=0",
         "data.window=0",
+        "data.window=16",
+        "data.mixed_blocks=0",
         "model.attention=ring",
         "model.width=0",
         "model.depth=0",

@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
 STEPS, SAVED_EVERY = 8, 2
 CONFIG = f"""
-data: {{global_batch: 8, block: 4, window: 3}}
+data: {{global_batch: 8, block: 4, mixed_blocks: 3}}
 model: {{width: 32, depth: 2, heads: 2, latents: 4, latent_width: 8}}
 training: {{steps: {STEPS}, warmup: 2, learning_rate: 5e-3, precision: fp32}}
 evaluation: {{every: 4, cells: 6}}

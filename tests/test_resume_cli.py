@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
 STEPS, STEPS_OF_TWO = 400, 160
 CONFIG = f"""
-data: {{global_batch: 10, block: 4, window: 3}}
+data: {{global_batch: 10, block: 4, mixed_blocks: 3}}
 model: {{width: 16, depth: 2, heads: 2, latents: 4, latent_width: 8}}
 training: {{steps: {STEPS}, warmup: 5, learning_rate: 2e-3, precision: fp32}}
 evaluation: {{every: 50, cells: 6, draws: 1}}

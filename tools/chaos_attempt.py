@@ -37,7 +37,7 @@ PHASES = (START_UP, BEFORE_FIRST, BETWEEN, IN_SAVE, AFTER_SAVE, PRUNING, AT_END)
 
 SETTINGS = """
 run: {{dir: run}}
-data: {{store: {store}, global_batch: 8, block: 4, window: 3}}
+data: {{store: {store}, global_batch: 8, block: 4, mixed_blocks: 3}}
 model: {{width: 16, depth: 2, heads: 2, latents: 4, latent_width: 8}}
 training: {{steps: {steps}, warmup: 5, learning_rate: 5e-3}}
 evaluation: {{every: {every}, cells: 6}}

@@ -25,8 +25,8 @@ from cctrain.data.store import open_store
 from cctrain.model.layer import MLP, Read, Write
 from cctrain.run_directory import open_run
 from cctrain.tracking.journal import history, read_journal
+from cctrain.training.data import context_rule
 from cctrain.training.loop import to_inputs
-from cctrain.training.train import context_rule
 
 SETTINGS = {
     "model.width": 64,

@@ -37,7 +37,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -50,8 +49,8 @@ import torch.distributed as dist
 from cctrain.code_version import code_commit
 from cctrain.config import Config, check_config
 from cctrain.cost.closed_form import num_parameters, step_cost
-from cctrain.data.batches import Batch, pack, slice_of
-from cctrain.data.contexts import Context, ContextRule
+from cctrain.data.batches import pack
+from cctrain.data.contexts import Context, ContextRule, join, part_of
 from cctrain.data.loader import Loader, RankStep, Share
 from cctrain.data.store import TokenStore, open_store
 from cctrain.errors import CctrainError, DataError, TrainingError
@@ -61,9 +60,10 @@ from cctrain.model.transformer import Transformer
 from cctrain.parallel.mesh import join_mesh
 from cctrain.training.checkpoint import save_checkpoint
 from cctrain.training.checkpoint_files import FragmentReader, latest_checkpoint, read_manifest
+from cctrain.training.data import training_rule
 from cctrain.training.engine import build_engine
 from cctrain.training.loop import train_step
-from cctrain.training.train import build_model, training_rule
+from cctrain.training.train import build_model
 
 GRADIENT_BOUND, LOSS_BOUND, MEMORY_BOUND = 1e-5, 1e-5, 20 * 2**30
 DISTURBANCE, DISTURBANCE_OF_LATENTS = 0.02, 1.0
@@ -162,7 +162,7 @@ def configuration(arguments: argparse.Namespace, store: TokenStore, num_ranks: i
     return config
 
 
-def one_context(store: TokenStore, rule: ContextRule, num_tokens: int) -> Batch:
+def one_context(store: TokenStore, rule: ContextRule, num_tokens: int) -> Context:
     """The first `num_tokens` tokens of the training cells, in the store's order, as one context of many cells.
 
     Raises DataError if the store has fewer.
@@ -174,27 +174,14 @@ def one_context(store: TokenStore, rule: ContextRule, num_tokens: int) -> Batch:
         if not missing:
             break
         [cell] = loader.contexts(np.array([row]), np.array([row]))
-        cells.append(first_tokens(cell, missing))
+        cells.append(part_of(cell, 0, missing))
         missing -= len(cells[-1].genes)
     if missing:
         raise DataError(f"the training cells of {store.path} have {num_tokens - missing:,} tokens: lower --tokens")
-    the_only_one = np.zeros(1, dtype=np.int64)
-    return replace(pack(cells), offsets=np.array([0, num_tokens]), samples=the_only_one, positions=the_only_one)
+    return join(0, cells, len(cells))
 
 
-def first_tokens(context: Context, num_tokens: int) -> Context:
-    """The context without what comes after its first `num_tokens` tokens."""
-    num_targets = np.searchsorted(context.targets, num_tokens)
-    return replace(
-        context,
-        genes=context.genes[:num_tokens],
-        counts=context.counts[:num_tokens],
-        targets=context.targets[:num_targets],
-        target_counts=context.target_counts[:num_targets],
-    )
-
-
-def predict(config: Config, context: Batch, parameters: int, arguments: argparse.Namespace) -> dict[str, Any]:
+def predict(config: Config, context: Context, parameters: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """The floor of a step's time, and its memory on each number of ranks."""
     cost = step_cost(config.model, [arguments.tokens], len(context.targets), config.memory.checkpointing)
     flops, rate = cost["cost/total_flops"], matmul_rate(arguments.threads)
@@ -262,7 +249,8 @@ def run_rank(arguments: argparse.Namespace) -> None:
         store = open_store(retina_store(arguments.work))
         config = configuration(arguments, store, num_ranks)
         context = one_context(store, training_rule(config, store), arguments.tokens)
-        batch = slice_of(context, mesh.context_rank, num_ranks)
+        first, last = (len(context.genes) * rank // num_ranks for rank in (mesh.context_rank, mesh.context_rank + 1))
+        batch = pack([part_of(context, first, last)])
         model = build_model(config, store, mesh)
         disturb(model)
         engine = build_engine(model, config, mesh)

@@ -9,7 +9,7 @@ of tests: changing it leaves every input bit-identical.
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,15 @@ from cctrain.apply.baselines import fit_neighbours, gene_mean, poisson_gene_mean
 from cctrain.apply.predict import load_model, predict_targets
 from cctrain.apply.targets import Prediction, TargetSet, TrainingCells, permuted_across_cells
 from cctrain.config import Config
-from cctrain.data.contexts import Context, hide_visible, target_probability
+from cctrain.data.contexts import Context, by_cell, hide_visible, target_probability
 from cctrain.data.hashing import hash64
 from cctrain.data.loader import Loader, Share
+from cctrain.data.samples import Samples
 from cctrain.data.store import TokenStore, open_store
 from cctrain.errors import DataError
 from cctrain.parallel.mesh import find_device_kind
 from cctrain.run_directory import open_run, write_atomically
-from cctrain.training.train import context_rule
+from cctrain.training.data import context_rule
 
 log = logging.getLogger(__name__)
 
@@ -57,13 +58,13 @@ def evaluate(run_dir: Path) -> dict[str, Any]:
     run = open_run(run_dir)
     store = open_store(Path(run.config.data.store), run.config.data.digest)
     config = run.config
-    targets, contexts = held_out_targets(store, config)
+    targets, num_contexts, contexts = held_out_targets(store, config)
     if not len(targets.genes):
         raise DataError(f"{store.path}: no gene of its held-out cells is a target: there is nothing to evaluate")
     model = load_model(run).to(torch.device(find_device_kind()))
 
     log.info("predicting %s targets of %s held-out cells", f"{len(targets.genes):,}", f"{targets.num_cells:,}")
-    ours = predict_targets(model, _progress(contexts(), targets.num_contexts, "predicting"))
+    ours = predict_targets(model, _progress(contexts(), num_contexts, "predicting"))
     genes, probability = store.genes, target_probability(store.genes, config.objective)
     cells = training_cells(store)
     neighbours = fit_neighbours(cells, genes.share, genes.theta, probability, config.run.seed)
@@ -73,7 +74,7 @@ def evaluate(run_dir: Path) -> dict[str, Any]:
         GENE_MEAN: gene_mean(targets, genes.share, genes.theta),
         NEIGHBOURS: neighbours.predict(targets),
         HIDDEN: predict_targets(
-            model, map(hide_visible, _progress(contexts(), targets.num_contexts, "predicting, context hidden"))
+            model, map(hide_visible, _progress(contexts(), num_contexts, "predicting, context hidden"))
         ),
     }
     result = compare(targets, predictions, genes.detection_rate >= DETECTED_IN, config.run.seed)
@@ -147,39 +148,56 @@ def sentence(rows: list[dict[str, Any]]) -> str:
     return f"On {cells:,} held-out cells the model is {', '.join(parts[:-1])}, and {parts[-1]}."
 
 
-def held_out_targets(store: TokenStore, config: Config) -> tuple[TargetSet, Any]:
-    """All targets of `evaluation.draws` fixed draws on each held-out cell, and a function that builds the contexts."""
-    cells = np.arange(store.num_train, store.num_cells)
-    if len(cells) > MOST_HELD_OUT_CELLS:
-        order = np.argsort(hash64(store.digest, config.run.seed, "held-out evaluation", cells), kind="stable")
-        cells = np.sort(cells[order[:MOST_HELD_OUT_CELLS]])
-        log.info("evaluating a fixed subset of %s held-out cells", f"{len(cells):,}")
-    samples = np.repeat(cells, config.evaluation.draws)
-    draws = np.tile(np.arange(config.evaluation.draws), len(cells))
+def held_out_targets(store: TokenStore, config: Config) -> tuple[TargetSet, int, Callable[[], Iterator[Context]]]:
+    """All targets of `evaluation.draws` fixed draws on each held-out cell; the number of contexts that hold them, and a
+    function that builds these. The targets of a cell are the same whether its context holds other cells or not.
+    """
     num_genes = len(store.genes.ids)
 
+    def loader_of(max_tokens: int) -> Loader:
+        return Loader(store, context_rule(config, store, "validation", max_tokens), Share(), 0)
+
+    samples, draws = held_out_samples(store, config, loader_of(num_genes).samples)
+
     def contexts(max_tokens: int) -> Iterator[Context]:
-        rule = context_rule(config, store, "validation", max_tokens)
-        loader = Loader(store, rule, Share(), 0)
+        loader = loader_of(max_tokens)
         for start in range(0, len(samples), 64):
             yield from loader.contexts(samples[start : start + 64], draws[start : start + 64])
 
     # Baselines see every visible gene, whatever the model's longest context is.
-    whole = list(contexts(num_genes))
-    visible = [np.setdiff1d(np.arange(len(c.genes)), c.targets, assume_unique=True) for c in whole]
-    lengths = [len(c.targets) for c in whole]
+    parts = [part for context in contexts(num_genes) for part in by_cell(context)]
+    loader = loader_of(num_genes)
+    pairs = zip(samples.tolist(), draws.tolist(), strict=True)
+    rows = np.concatenate([loader.samples.cells(sample, loader.samples.epoch_of(draw)) for sample, draw in pairs])
+    visible = [np.setdiff1d(np.arange(len(part.genes)), part.targets, assume_unique=True) for part in parts]
     targets = TargetSet(
-        contexts=np.repeat(np.arange(len(whole)), lengths),
-        genes=np.concatenate([c.genes[c.targets] for c in whole]),
-        counts=np.concatenate([c.target_counts for c in whole]).astype(np.int64),
-        cell_of_context=np.repeat(np.arange(len(cells)), config.evaluation.draws),
-        log_size_factor=np.array([c.log_size_factor for c in whole]),
+        contexts=np.repeat(np.arange(len(parts)), [len(part.targets) for part in parts]),
+        genes=np.concatenate([part.genes[part.targets] for part in parts]),
+        counts=np.concatenate([part.target_counts for part in parts]).astype(np.int64),
+        cell_of_context=np.unique(rows, return_inverse=True)[1],
+        log_size_factor=np.concatenate([part.log_size_factors for part in parts]),
         visible_offsets=np.concatenate(([0], np.cumsum([len(v) for v in visible]))),
-        visible_genes=np.concatenate([c.genes[v] for c, v in zip(whole, visible, strict=True)]),
-        visible_counts=np.concatenate([c.counts[v] for c, v in zip(whole, visible, strict=True)]).astype(np.int64),
-        source_of_context=store.source_of_cell[samples],
+        visible_genes=np.concatenate([part.genes[v] for part, v in zip(parts, visible, strict=True)]),
+        visible_counts=np.concatenate([part.counts[v] for part, v in zip(parts, visible, strict=True)]).astype(
+            np.int64
+        ),
+        source_of_context=store.source_of_cell[rows],
     )
-    return targets, lambda: contexts(config.data.max_tokens or num_genes)
+    return targets, len(samples), lambda: contexts(config.data.max_tokens or num_genes)
+
+
+def held_out_samples(store: TokenStore, config: Config, samples: Samples) -> tuple[np.ndarray, np.ndarray]:
+    """Each held-out sample (of many: a fixed choice) with each of its draws, int64 both."""
+    held_out = np.arange(samples.num_train, len(samples))
+    num_cells = samples.num_cells(held_out)
+    if num_cells.sum() > MOST_HELD_OUT_CELLS:
+        order = np.argsort(hash64(store.digest, config.run.seed, "held-out evaluation", held_out), kind="stable")
+        within = np.cumsum(num_cells[order]) <= MOST_HELD_OUT_CELLS
+        within[0] = True
+        held_out = np.sort(held_out[order[within]])
+        log.info("evaluating a fixed subset of %s held-out cells", f"{samples.num_cells(held_out).sum():,}")
+    draws = np.arange(config.evaluation.draws)
+    return np.repeat(held_out, len(draws)), np.tile(draws, len(held_out))
 
 
 def training_cells(store: TokenStore) -> TrainingCells:

@@ -11,8 +11,9 @@ Forward FLOPs of one layer for one context of n tokens, with M latents, width d 
 
 Embedding: 2·n·(2·d + d²) for the count encoding. Head: 2·d² + 4·d per target. Backward is twice forward, and the
 attention kernels compute the scores once more there. Checkpointing repeats the forward of the layers, but for the
-read, whose result is kept, and for the last product of each stage, which backward does not need. Norms, activations
-and the loss are not counted, nor is it that every context rank repeats the latents' part.
+read, whose result is kept, and for the last product of each stage, which backward does not need. Norms, activations,
+the loss and the projection of a cell's signs (once a cell) are not counted, nor is it that every context rank repeats
+the latents' part.
 """
 
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ def _recomputed(model: ModelConfig, forward: Flops, num_contexts: int, targets: 
 def num_parameters(model: ModelConfig, num_genes: int) -> int:
     """Trained parameters, exactly."""
     width, latent_width = model.width, model.latent_width or model.width
-    embedding = num_genes * width + width + (2 * width + width) + width * width
+    embedding = num_genes * width + width + (2 * width + width) + width * width + (model.cell_encoding or 0) * width
     head = width + width * width + num_genes
     if model.attention == "criss_cross":
         read_write = 4 * width * width + 4 * width * latent_width + 2 * (width + latent_width)

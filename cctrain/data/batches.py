@@ -7,7 +7,7 @@ of the sizes that every rank knows, so all ranks agree without talking. A bin ma
 
 import heapq
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,7 +21,8 @@ class Batch:
 
     genes int64 (total,); counts float32 (total,), 0 at targets; cells int64 (total,), index of each token's cell
     among the cells of the pack; offsets int64 (contexts + 1,); targets int64 (T,), indices among the tokens;
-    target_counts float32 (T,); log_size_factors float32 (cells,); samples and positions int64 (contexts,).
+    target_counts float32 (T,); log_size_factors float32 (cells,); encodings float32 (cells, signs of a cell);
+    samples and positions int64 (contexts,).
     """
 
     genes: np.ndarray
@@ -31,13 +32,14 @@ class Batch:
     targets: np.ndarray
     target_counts: np.ndarray
     log_size_factors: np.ndarray
+    encodings: np.ndarray
     samples: np.ndarray
     positions: np.ndarray
 
 
-def pack(contexts: list[Context]) -> Batch:
+def pack(contexts: list[Context], cell_encoding: int = 0) -> Batch:
     """Lay contexts end to end. An empty list gives a batch of one token, no target and no sample: a rank without
-    work still takes part in every collective, with weight zero."""
+    work still takes part in every collective, with weight zero. Its cell has `cell_encoding` signs, all 0."""
     if not contexts:
         none = np.zeros(0, dtype=np.int64)
         filler = Context(
@@ -45,9 +47,11 @@ def pack(contexts: list[Context]) -> Batch:
             position=-1,
             genes=np.zeros(1, dtype=np.int64),
             counts=np.ones(1, dtype=np.float32),
+            cells=np.zeros(1, dtype=np.int64),
             targets=none,
             target_counts=none.astype(np.float32),
-            log_size_factor=0.0,
+            log_size_factors=np.zeros(1),
+            encodings=np.zeros((1, cell_encoding), dtype=np.float32),
         )
         return _lay([filler], samples=none, positions=none)
     return _lay(
@@ -60,42 +64,23 @@ def pack(contexts: list[Context]) -> Batch:
 def _lay(contexts: list[Context], samples: np.ndarray, positions: np.ndarray) -> Batch:
     lengths = np.array([len(context.genes) for context in contexts], dtype=np.int64)
     offsets = np.concatenate(([0], np.cumsum(lengths)))
+    num_cells = [len(context.log_size_factors) for context in contexts]
+    first_cells = np.cumsum([0, *num_cells[:-1]])
     return Batch(
         genes=np.concatenate([context.genes for context in contexts]).astype(np.int64),
         counts=np.concatenate([context.counts for context in contexts]).astype(np.float32),
-        cells=np.repeat(np.arange(len(contexts)), lengths),
+        cells=np.concatenate(
+            [context.cells + first for context, first in zip(contexts, first_cells, strict=True)]
+        ).astype(np.int64),
         offsets=offsets,
         targets=np.concatenate(
             [context.targets + start for context, start in zip(contexts, offsets[:-1], strict=True)]
         ).astype(np.int64),
         target_counts=np.concatenate([context.target_counts for context in contexts]).astype(np.float32),
-        log_size_factors=np.array([context.log_size_factor for context in contexts], dtype=np.float32),
+        log_size_factors=np.concatenate([context.log_size_factors for context in contexts]).astype(np.float32),
+        encodings=np.concatenate([context.encodings for context in contexts]),
         samples=samples,
         positions=positions,
-    )
-
-
-def slice_of(batch: Batch, context_rank: int, num_context_ranks: int) -> Batch:
-    """What a context rank holds: of every context of n tokens, those from ⌊c·n/C⌋ to ⌊(c+1)·n/C⌋ − 1.
-
-    Slices may be empty. The cells and their size factors are those of the whole pack.
-    """
-    starts, lengths = batch.offsets[:-1], np.diff(batch.offsets)
-    first = starts + lengths * context_rank // num_context_ranks
-    last = starts + lengths * (context_rank + 1) // num_context_ranks
-    contexts = zip(first, last, strict=True)
-    tokens = np.concatenate([np.arange(start, stop) for start, stop in contexts]).astype(np.int64)
-    place = np.full(batch.offsets[-1] + 1, -1, dtype=np.int64)
-    place[tokens] = np.arange(len(tokens))
-    mine = place[batch.targets] >= 0
-    return replace(
-        batch,
-        genes=batch.genes[tokens],
-        counts=batch.counts[tokens],
-        cells=batch.cells[tokens],
-        offsets=np.concatenate(([0], np.cumsum(last - first))),
-        targets=place[batch.targets[mine]],
-        target_counts=batch.target_counts[mine],
     )
 
 

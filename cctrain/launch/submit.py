@@ -100,8 +100,8 @@ def freeze(config: Config) -> Config:
 def check_run(run_dir: Path, config: Config, store: TokenStore, accept_changes: bool) -> None:
     """What a resumed run would refuse is refused now, and not after a night in the queue."""
     if (run_dir / JOURNAL_NAME).is_file():
+        from cctrain.training.data import resolve
         from cctrain.training.resume import check_changes
-        from cctrain.training.train import resolve
 
         check_changes(run_dir, resolve(config, store), accept_changes)
 

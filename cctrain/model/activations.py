@@ -1,10 +1,13 @@
-"""What of a forward is kept for its backward: everything, or only what each stage began with, here or on the host.
+"""What of a forward is kept for its backward: everything, or only what each stage began with, here or elsewhere.
 
 A stage is a function of tensors: what happens to one tile of tokens in one layer, say. With checkpointing its inputs
 are kept and the rest is computed again in backward. Then all that grows with depth are the tokens at the start of
-each layer, 4 bytes × tokens × width, and these may wait in host memory.
+each layer, 4 bytes × tokens × width, and these may wait in host memory, or in files: then no memory of the process
+grows with depth.
 """
 
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,23 +17,31 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from cctrain.errors import TrainingError
+
 LARGE = 2**20  # bytes; what is smaller stays on the device
 
 
 class Activations:
-    """How the stages of one forward are run; each forward makes its own."""
+    """How the stages of one forward are run; each forward makes its own.
 
-    def __init__(self, checkpointing: bool = False, on_host: bool = False):
+    What is kept lies on the `device`, in `host` memory, or on `disk`: in files in `folder`, by default the system's for
+    temporary files.
+    """
+
+    def __init__(self, checkpointing: bool = False, offload: str = "device", folder: str | None = None):
         self.checkpointing = checkpointing
-        self.host = HostStore() if checkpointing and on_host else None
+        self.store: ActivationStore | None = None
+        if checkpointing and offload != "device":
+            self.store = ActivationStore(in_memory if offload == "host" else lambda tensor: in_file(tensor, folder))
 
     def run(self, stage: Callable[..., Any], *inputs: Any) -> Any:
         """stage(*inputs), all of it kept or its inputs alone."""
         if not (self.checkpointing and torch.is_grad_enabled()):
             return stage(*inputs)
-        if self.host is None:
+        if self.store is None:
             return checkpoint(stage, *inputs, use_reentrant=False, preserve_rng_state=False)
-        with saved_tensors_hooks(self.host.put, self.host.take):
+        with saved_tensors_hooks(self.store.put, self.store.take):
             return checkpoint(stage, *inputs, use_reentrant=False, preserve_rng_state=False)
 
     def rooms(self, like: list[Tensor]) -> list["Room | None"]:
@@ -46,10 +57,10 @@ class Activations:
 
     @contextmanager
     def layer(self) -> Iterator[None]:
-        """Stages within it may begin with the same tensors, which live until its end: each goes to the host once."""
+        """Stages within it may begin with the same tensors, which live until its end: each is put away once."""
         yield
-        if self.host is not None:
-            self.host.parked.clear()
+        if self.store is not None:
+            self.store.parked.clear()
 
 
 class Room:
@@ -77,24 +88,47 @@ class _Place(torch.autograd.Function):
         return gradient, None
 
 
-class Parked:
-    """A tensor in host memory; `copied` is its copy on the device while one is on its way."""
+def in_memory(like: Tensor) -> Tensor:
+    """A place in host memory for a tensor."""
+    return torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
 
-    def __init__(self, source: Tensor):
+
+def in_file(like: Tensor, folder: str | None) -> Tensor:
+    """A place in a file that is mapped into memory, and goes with the tensor: what has been written is not the
+    process's but the kernel's to keep, which puts it on the disk where memory is short.
+
+    Raises TrainingError where there is no room.
+    """
+    try:
+        with tempfile.NamedTemporaryFile(prefix="cctrain-activations-", dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, like.nbytes)  # a full disk would kill the process later
+            return torch.from_file(file.name, shared=True, size=like.numel(), dtype=like.dtype).view(like.shape)
+    except OSError as error:
+        raise TrainingError(
+            f"activations cannot be written to {folder or tempfile.gettempdir()} ({error}): name a folder with more "
+            "room with memory.offload_dir"
+        ) from error
+
+
+class Parked:
+    """A tensor off the device; `copied` is its copy on the device while one is on its way."""
+
+    def __init__(self, source: Tensor, make_place: Callable[[Tensor], Tensor]):
         self.device = source.device
-        self.host = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+        self.host = make_place(source)
         self.copied: Tensor | None = None
         self.arrived: torch.cuda.Event | None = None
 
 
-class HostStore:
+class ActivationStore:
     """Tensors that leave the device in forward and come back in backward, in the opposite order.
 
-    On a GPU they are copied on a stream of their own, and while one is used the next is on its way. On a CPU there
-    is no other memory: the copies are made all the same, so that a training takes the same path.
+    On a GPU they are copied on a stream of their own, and while one is used the next is on its way. On a CPU there is
+    no other memory than the host's: the copies are made all the same, so that a training takes the same path.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, make_place: Callable[[Tensor], Tensor]) -> None:
+        self.make_place = make_place
         self.parked: dict[tuple[int, torch.Size], Parked] = {}
         self.order: list[Parked] = []
         self.stream: torch.cuda.Stream | None = None
@@ -105,7 +139,7 @@ class HostStore:
         key = (tensor.data_ptr(), tensor.shape)
         parked = self.parked.get(key)
         if parked is None:
-            parked = self.parked[key] = Parked(tensor)
+            parked = self.parked[key] = Parked(tensor, self.make_place)
             with self._copying(tensor.device):
                 parked.host.copy_(tensor, non_blocking=True)
                 if tensor.is_cuda:
@@ -133,7 +167,7 @@ class HostStore:
         if parked.copied is not None:
             return
         with self._copying(parked.device):
-            parked.copied = torch.empty_like(parked.host, device=parked.device, pin_memory=False)
+            parked.copied = torch.empty(parked.host.shape, dtype=parked.host.dtype, device=parked.device)
             parked.copied.copy_(parked.host, non_blocking=True)
             if parked.device.type == "cuda":
                 parked.arrived = torch.cuda.current_stream(parked.device).record_event()

@@ -5,7 +5,8 @@
 
 The count enters continuously, through a small MLP, beside what the gene mean would expect at the cell's
 visible depth: 3 counts mean much for a gene of which 0.1 were expected. A target's own count never comes
-here; the batch does not hold it.
+here; the batch does not hold it. In a context of several cells a projection of the cell's signs is added, by which
+tokens of one cell find each other.
 """
 
 import torch
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 
 
 class TokenEmbedding(nn.Module):
-    """`gene` looks up the genes' vectors; calling the module gives what is added to them."""
+    """`gene` looks up the genes' vectors, `cell` projects the cells' signs; calling the module gives what is added."""
 
-    def __init__(self, num_genes: int, width: int):
+    def __init__(self, num_genes: int, width: int, cell_encoding: int = 0):
         super().__init__()
         self.gene = nn.Embedding(num_genes, width)
+        self.cell = nn.Linear(cell_encoding, width, bias=False) if cell_encoding else None
         self.mask = nn.Parameter(torch.empty(width))
         self.count_up = nn.Linear(2, width)
         self.count_down = nn.Linear(width, width, bias=False)

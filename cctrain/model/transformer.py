@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, repeat
 from typing import cast
 
 import torch
@@ -37,7 +37,9 @@ class Inputs:
     """A pack of contexts as the model sees it: no target count is here, nor anything computed from one.
 
     genes (total,) int64; counts (total,) fp32, 0 at targets; log_size_factors (total,) fp32, of each token's
-    cell; targets (T,) int64, the indices of the targets among the tokens; offsets, contexts + 1 integers.
+    cell; targets (T,) int64, the indices of the targets among the tokens; offsets, contexts + 1 integers. A model with
+    a cell encoding needs the others: cells (total,) int64, the index of each token's cell; encodings (cells,
+    cell_encoding) fp32.
     """
 
     genes: Tensor
@@ -45,6 +47,8 @@ class Inputs:
     log_size_factors: Tensor
     targets: Tensor
     offsets: list[int]
+    cells: Tensor | None = None
+    encodings: Tensor | None = None
 
 
 class Transformer(nn.Module):
@@ -76,7 +80,7 @@ class Transformer(nn.Module):
         self.exchange = exchange
         self.register_buffer("log_share", share.double().log().float())
         self.register_buffer("log_theta", theta.double().log().float())
-        self.embedding = TokenEmbedding(num_genes, width)
+        self.embedding = TokenEmbedding(num_genes, width, config.cell_encoding or 0)
         if config.attention == "criss_cross":
             latent_width = config.latent_width or width
             self.latents = nn.Parameter(torch.empty(config.latents, latent_width))
@@ -129,7 +133,7 @@ class Transformer(nn.Module):
         return cut_into_tiles(inputs.offsets, -(-max(inputs.offsets[-1], self.capacity, 1) // tile_tokens))
 
     def _activations(self) -> Activations:
-        return Activations(self.memory.checkpointing, self.memory.offload == "host")
+        return Activations(self.memory.checkpointing, self.memory.offload, self.memory.offload_dir)
 
     def _encode(self, inputs: Inputs, cuts: list[Cut], activations: Activations) -> tuple[list[Tensor], Tensor | None]:
         tiles = self._embed_tokens(inputs, cuts, activations)
@@ -152,8 +156,22 @@ class Transformer(nn.Module):
         lengths = [cut.stop - cut.start for cut in cuts]
         genes = _as_stream(self.embedding.gene(inputs.genes)).split(lengths)
         counts = (tensor.split(lengths) for tensor in (inputs.counts, log_expected, is_target))
-        pieces = zip(genes, activations.rooms(list(genes)), *counts, strict=True)
-        return [place(vectors + activations.run(self.embedding, *known), room) for vectors, room, *known in pieces]
+        of_cells = self._cell_vectors(inputs, lengths)
+        pieces = zip(genes, of_cells, activations.rooms(list(genes)), *counts, strict=True)
+        return [
+            place(vectors + of_cell + activations.run(self.embedding, *known), room)
+            for vectors, of_cell, room, *known in pieces
+        ]
+
+    def _cell_vectors(self, inputs: Inputs, lengths: list[int]) -> Iterator[Tensor | int]:
+        """What each tile's tokens have in common with the others of their cell."""
+        if self.embedding.cell is None:
+            return repeat(0, len(lengths))
+        assert inputs.cells is not None
+        assert inputs.encodings is not None
+        projection = self.embedding.cell
+        vectors = _as_stream(projection(inputs.encodings.to(projection.weight.dtype)))
+        return (vectors[cells] for cells in inputs.cells.split(lengths))
 
     def _predict(self, tile: Tensor, targets: Tensor, *of_targets: Tensor) -> tuple[Tensor, Tensor]:
         return self.head(tile[targets], *of_targets)

@@ -5,7 +5,7 @@ import math
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from cctrain.code_version import code_commit
 from cctrain.config import Config, to_yaml
 from cctrain.data.batches import Batch
 from cctrain.data.loader import Loader
-from cctrain.data.order import Order
 from cctrain.data.store import TokenStore
 from cctrain.errors import CctrainError, TrainingError
 from cctrain.model.saved import save_weights
@@ -27,6 +26,7 @@ from cctrain.tracking.journal import Journal
 from cctrain.tracking.projection import LiveProjection, default_uri
 from cctrain.training.checkpoint import save_checkpoint
 from cctrain.training.checkpoint_files import checkpoint_name, discard_leftovers, prune, read_weights
+from cctrain.training.data import training_order
 from cctrain.training.guards import ENDINGS, Ending, SkippedSteps, StopRequests, Watchdog, read_outcome, write_outcome
 from cctrain.training.loop import StepResult, evaluate_held_out, run_steps
 from cctrain.training.report import Report
@@ -69,27 +69,28 @@ def follow(attempt: Attempt, journal: Journal | None) -> Ending:
     The journal is the first rank's. After a step: its line, a look at the held-out cells, a checkpoint, in this order.
     """
     config, start = attempt.config, attempt.start
-    data, looks, checkpoint = config.data, config.evaluation, config.checkpoint
-    order = Order(attempt.store.num_train, attempt.store.digest, config.run.seed, data.block, data.window)
+    looks, checkpoint = config.evaluation, config.checkpoint
+    order = training_order(config, attempt.loader)
     skipped = SkippedSteps(config.training.max_skipped)
     report = Report(config, attempt.mesh, attempt.store, attempt.loader, start.step)
     ending, reason = FINISHED, None
-    with report.progress():
+    results = run_steps(
+        attempt.engine,
+        config,
+        attempt.mesh,
+        attempt.loader,
+        order,
+        start.step,
+        start.position,
+        attempt.requests.local,
+    )
+    with report.progress(), closing(results):
         # An attempt that was asked to stop at a step may not have had the time to look.
         is_due = looks.every and start.step % looks.every == 0 and start.step not in start.past.looks
         if first_rank_says(bool(is_due), attempt.mesh):
             look(attempt, journal, report, start.step)
         saved = start.step
-        for result in run_steps(
-            attempt.engine,
-            config,
-            attempt.mesh,
-            attempt.loader,
-            order,
-            start.step,
-            start.position,
-            attempt.requests.local,
-        ):
+        for result in results:
             step, is_last = result.step, result.step == config.training.steps
             attempt.watchdog.beat(f"after step {step}")
             report.step(step, result.values)

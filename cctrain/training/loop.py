@@ -13,8 +13,8 @@ A step whose loss or gradient is not finite is not taken: its samples count as c
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Generator
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from cctrain.cost.closed_form import step_cost
 from cctrain.data.batches import Batch
 from cctrain.data.loader import Loader, RankStep
 from cctrain.data.order import Order
+from cctrain.data.prefetch import prefetched
 from cctrain.errors import DataError, TrainingError
 from cctrain.model.transformer import Inputs, Transformer
 from cctrain.parallel.mesh import Mesh, gather_rows, sum_over_context, sum_over_ranks
@@ -37,14 +38,21 @@ from cctrain.training.schedule import learning_rate
 
 def to_inputs(batch: Batch, device: torch.device) -> Inputs:
     """The part of a batch that the model may see, on its device."""
-    log_size_factors = batch.log_size_factors[batch.cells]
     return Inputs(
-        genes=torch.from_numpy(batch.genes).to(device),
-        counts=torch.from_numpy(batch.counts).to(device),
-        log_size_factors=torch.from_numpy(log_size_factors).to(device),
-        targets=torch.from_numpy(batch.targets).to(device),
+        genes=on_device(batch.genes, device),
+        counts=on_device(batch.counts, device),
+        log_size_factors=on_device(batch.log_size_factors[batch.cells], device),
+        targets=on_device(batch.targets, device),
         offsets=batch.offsets.tolist(),
+        cells=torch.from_numpy(batch.cells).to(device),
+        encodings=torch.from_numpy(batch.encodings).to(device),
     )
+
+
+def on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A GPU copies from pinned memory by itself, while this process goes on to queue the work on what is copied."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @dataclass(frozen=True)
@@ -73,20 +81,32 @@ def run_steps(
     after: int = 0,
     position: int = 0,
     requests: Callable[[], list[float]] = list,
-) -> Iterator[StepResult]:
-    """Train the steps after step `after`, at which `position` samples had been consumed; yield each one."""
-    steps = loader.training_steps(order, config.data.global_batch, position, config.training.steps - after)
-    for step in range(after + 1, config.training.steps + 1):
-        started = time.perf_counter()
-        rank_step = next(steps)
-        data_seconds = time.perf_counter() - started
-        rate = learning_rate(step, config.training)
-        set_learning_rate(engine, rate)
-        checks = same_on_all_ranks(engine, mesh, rank_step, step) if config.parallel.check_ranks else nullcontext()
-        with checks:
-            result = train_step(engine, config, mesh, rank_step, step, requests)
-        result.values.update(learning_rate=rate, step_seconds=time.perf_counter() - started, data_seconds=data_seconds)
-        yield result
+) -> Generator[StepResult, None, None]:
+    """Train the steps after step `after`, at which `position` samples had been consumed; yield each one.
+
+    Close it to end its background processes before the last step.
+    """
+    num_steps, workers = config.training.steps - after, data_workers(config, mesh.device)
+    with closing(prefetched(loader, order, config.data.global_batch, position, num_steps, workers)) as steps:
+        for step in range(after + 1, config.training.steps + 1):
+            started = time.perf_counter()
+            rank_step = next(steps)
+            data_seconds = time.perf_counter() - started
+            rate = learning_rate(step, config.training)
+            set_learning_rate(engine, rate)
+            checks = same_on_all_ranks(engine, mesh, rank_step, step) if config.parallel.check_ranks else nullcontext()
+            with checks:
+                result = train_step(engine, config, mesh, rank_step, step, requests)
+            step_seconds = time.perf_counter() - started
+            result.values.update(learning_rate=rate, step_seconds=step_seconds, data_seconds=data_seconds)
+            yield result
+
+
+def data_workers(config: Config, device: torch.device) -> int:
+    """Of each rank: what the configuration says, or its default for this device."""
+    if config.data.workers is not None:
+        return config.data.workers
+    return 2 if device.type == "cuda" else 0
 
 
 def train_step(
@@ -103,7 +123,7 @@ def train_step(
     for index, batch in enumerate(rank_step.batches):
         engine.set_gradient_accumulation_boundary(index == len(rank_step.batches) - 1)
         log_mu, log_theta = engine(to_inputs(batch, mesh.device))
-        losses = negative_log_likelihood(torch.from_numpy(batch.target_counts).to(mesh.device), log_mu, log_theta)
+        losses = negative_log_likelihood(on_device(batch.target_counts, mesh.device), log_mu, log_theta)
         batch_loss = losses.sum()
         # A loss that is not finite makes the whole gradient so: the engine decides by the gradient, on all ranks alike.
         engine.backward(batch_loss * torch.where(batch_loss.detach().isfinite(), scale, math.nan), scale_wrt_gas=False)
@@ -188,14 +208,14 @@ def evaluate_held_out(
         log_mu, log_theta = engine(inputs)
         if not len(batch.samples):
             continue
-        counts = torch.from_numpy(batch.target_counts).to(mesh.device).double()
+        counts = on_device(batch.target_counts, mesh.device).double()
         genes = inputs.genes[inputs.targets]
         expected = inputs.log_size_factors[inputs.targets].double() + model.log_share[genes].double()
         ours = negative_log_likelihood(counts, log_mu.double(), log_theta.double())
         gene_mean = negative_log_likelihood(counts, expected, model.log_theta[genes].double())
-        cells = torch.from_numpy(np.searchsorted(batch.offsets, batch.targets, side="right") - 1).to(mesh.device)
+        cells = torch.from_numpy(batch.cells[batch.targets]).to(mesh.device)
         losses = torch.stack((ours, gene_mean, torch.ones_like(ours)), dim=1)
-        by_cell = torch.zeros(len(batch.samples), 3, dtype=torch.float64, device=mesh.device)
+        by_cell = torch.zeros(len(batch.log_size_factors), 3, dtype=torch.float64, device=mesh.device)
         # The cells that this rank shares with others of its row are whole only now.
         by_cell = sum_over_context(by_cell.index_add_(0, cells, losses), mesh)
         by_cell = by_cell[by_cell[:, 2] > 0]

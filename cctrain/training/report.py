@@ -75,7 +75,9 @@ def plan(config: Config, mesh: Mesh, store: TokenStore, loader: Loader) -> list[
     probability = loader.rule.target_probability
     mean_targets = float((store.measured * probability).sum(axis=1)[store.source_of_cell[: store.num_train]].mean())
     visible = np.minimum(store.num_tokens[: store.num_train], loader.rule.max_tokens)
-    mean_tokens = float(visible.mean()) + mean_targets
+    samples = loader.samples
+    cells_each = store.num_train / samples.num_train
+    mean_tokens, mean_targets = cells_each * (float(visible.mean()) + mean_targets), cells_each * mean_targets
     contexts = config.training.steps * config.data.global_batch
     cost = step_cost(config.model, [round(mean_tokens)], round(mean_targets), config.memory.checkpointing)
     parameters = num_parameters(config.model, len(store.genes.ids))
@@ -90,11 +92,11 @@ def plan(config: Config, mesh: Mesh, store: TokenStore, loader: Loader) -> list[
     return [
         f"data: {store.num_train:,} training cells, {store.num_cells - store.num_train:,} held out, "
         f"{len(store.genes.ids):,} genes; contexts of about {mean_tokens:,.0f} tokens, "
-        f"{mean_targets:,.0f} of them targets",
+        f"{mean_targets:,.0f} of them targets" + (f", of {cells_each:,.1f} cells" if cells_each > 1 else ""),
         f"model: {config.model.attention}, {config.model.depth} layers, width {config.model.width}{m}: "
         f"{parameters:,} parameters",
         f"training: {config.training.steps:,} steps of {config.data.global_batch} contexts "
-        f"({contexts / store.num_train:.1f} epochs), {config.training.precision}, "
+        f"({contexts / samples.num_train:.1f} epochs), {config.training.precision}, "
         f"ZeRO {stage} on {mesh.num_ranks} {'GPU' if mesh.device.type == 'cuda' else 'CPU'} rank(s)"
         + (f", {mesh.num_context_ranks} for each context" if mesh.num_context_ranks > 1 else ""),
         f"memory: {state / 2**20:,.0f} MiB a rank for weights, gradients and optimizer, and the activations of "

@@ -4,17 +4,12 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from cctrain.config import Config
-from cctrain.data.batches import Batch
-from cctrain.data.contexts import ContextRule, target_probability
-from cctrain.data.hashing import hash64
-from cctrain.data.loader import Loader, Share
+from cctrain.data.loader import Loader
 from cctrain.data.store import TokenStore, open_store
 from cctrain.errors import DataError, TrainingError, UsageError
 from cctrain.model.transformer import Transformer, initialize
@@ -26,15 +21,13 @@ from cctrain.tracking.address import check_configured_uri
 from cctrain.training.attempt import FINISHED, Attempt, Start, follow, recorded, tell_ending
 from cctrain.training.checkpoint import load_checkpoint
 from cctrain.training.checkpoint_files import latest_checkpoint, step_of
+from cctrain.training.data import held_out_batches, resolve, resolve_micro_batch, share_of, training_rule
 from cctrain.training.engine import build_engine, sharded_if_wanted, whole
 from cctrain.training.guards import Ending, StopRequests, Watchdog, clear_outcome, record_crashes, write_outcome
 from cctrain.training.initial_weights import start_from
 from cctrain.training.resume import check_changes, check_checkpoints_are_there, read_past
 
 log = logging.getLogger(__name__)
-
-DEFAULT_MICRO_BATCH_TOKENS = 16_384
-LONGEST_QUANTILE = 0.99
 
 
 def train(config: Config, accept_changes: bool = False) -> int:
@@ -62,9 +55,11 @@ def run_attempt(config: Config, accept_changes: bool, mesh: Mesh, requests: Stop
     """From where the run stands to its last step, or to where it is asked to stop."""
     run_dir = Path(config.run.dir or "")
     store = open_store(Path(config.data.store), config.data.digest)
-    if store.num_train == 0 or store.num_train == store.num_cells:
+    if store.num_train == 0:
+        raise DataError(f"{store.path} has no training cells: prepare again")
+    if store.num_train == store.num_cells and config.evaluation.every:
         raise DataError(
-            f"{store.path} has no {'training' if store.num_train == 0 else 'held-out'} cells: prepare again"
+            f"{store.path} has no held-out cells: prepare again, or train without a look, evaluation.every=0"
         )
     config = resolve(config, store)
     loader = Loader(store, training_rule(config, store), share_of(mesh), config.data.micro_batch_tokens or 0)
@@ -141,46 +136,6 @@ def ending_told(run_dir: Path, mesh: Mesh, watchdog: Watchdog) -> Iterator[None]
         watchdog.last_words = None
 
 
-def resolve(config: Config, store: TokenStore) -> Config:
-    """Fill in the defaults that depend on the store."""
-    longest = int(np.ceil(np.quantile(store.num_tokens[: store.num_train], LONGEST_QUANTILE)))
-    data = replace(
-        config.data,
-        store=str(Path(config.data.store).resolve()),
-        digest=store.digest,
-        max_tokens=config.data.max_tokens or max(1, longest),
-    )
-    model = config.model
-    if model.init_from is not None:
-        model = replace(model, init_from=str(Path(model.init_from).resolve()))
-    return replace(config, data=data, model=model)
-
-
-def resolve_micro_batch(config: Config, loader: Loader) -> int:
-    """Raises UsageError now if any context of the store would be too long for it, some day."""
-    longest, sharing = int(loader.sizes.max()), loader.share.num_context_ranks
-    micro_batch = config.data.micro_batch_tokens or max(DEFAULT_MICRO_BATCH_TOKENS, longest)
-    if micro_batch < longest:
-        raise UsageError(
-            f"a context of up to {longest:,} tokens {'a rank ' if sharing > 1 else ''}does not fit "
-            f"data.micro_batch_tokens={micro_batch:,}: raise it, or lower data.max_tokens"
-        )
-    return micro_batch
-
-
-def share_of(mesh: Mesh) -> Share:
-    return Share(mesh.data_rank, mesh.num_data_ranks, mesh.context_rank, mesh.num_context_ranks)
-
-
-def training_rule(config: Config, store: TokenStore) -> ContextRule:
-    return context_rule(config, store, "training", config.data.max_tokens or 0)
-
-
-def context_rule(config: Config, store: TokenStore, purpose: str, max_tokens: int) -> ContextRule:
-    probability = target_probability(store.genes, config.objective)
-    return ContextRule(config.run.seed, purpose, probability, store.genes.share, max_tokens)
-
-
 def build_model(config: Config, store: TokenStore, mesh: Mesh | None = None) -> Transformer:
     share, theta = torch.from_numpy(store.genes.share), torch.from_numpy(store.genes.theta)
     exchange = None if mesh is None else context_exchange(mesh)
@@ -191,17 +146,3 @@ def build_model(config: Config, store: TokenStore, mesh: Mesh | None = None) -> 
     if config.training.compile:
         model.compile_token_local()
     return model
-
-
-def held_out_batches(config: Config, store: TokenStore, loader: Loader) -> list[Batch]:
-    """This rank's part of the fixed look: `evaluation.cells` held-out cells by hash, each with targets for ever."""
-    cells = np.arange(store.num_train, store.num_cells)
-    draws = hash64(store.digest, config.run.seed, "held-out subset", cells)
-    chosen = np.sort(cells[np.argsort(draws, kind="stable")[: config.evaluation.cells]])
-    look = Loader(
-        store,
-        replace(loader.rule, purpose="validation"),
-        loader.share,
-        loader.micro_batch_tokens,
-    )
-    return look.batches(chosen, np.zeros(len(chosen), dtype=np.int64))

@@ -13,7 +13,8 @@ from cctrain.errors import DataError
 from cctrain.model.saved import save_weights
 from cctrain.model.transformer import Transformer
 from cctrain.run_directory import write_vocabulary
-from cctrain.training.train import build_model, resolve
+from cctrain.training.data import resolve
+from cctrain.training.train import build_model
 from tests.data.conftest import gene_ids, prepared, write_10x, write_10x_h5, write_h5ad, write_zarr
 
 NUM_CELLS, NUM_GENES, WIDTH = 12, 40, 8

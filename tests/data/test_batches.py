@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cctrain.data.batches import Batch, deal, pack, packs, slice_of
+from cctrain.data.batches import Batch, deal, pack, packs
 from cctrain.data.contexts import Context
 from cctrain.errors import UsageError
 
@@ -19,14 +19,16 @@ def a_context(sample: int, length: int, num_targets: int) -> Context:
         position=10 * sample,
         genes=100 * sample + np.arange(length),
         counts=counts,
+        cells=np.zeros(length, dtype=np.int64),
         targets=targets,
         target_counts=np.full(num_targets, 1_000 + sample, dtype=np.float32),
-        log_size_factor=0.5 * sample,
+        log_size_factors=np.array([0.5 * sample]),
+        encodings=np.full((1, 2), sample, dtype=np.float32),
     )
 
 
 def contexts_of(batch: Batch) -> list[Context]:
-    """What was packed, taken apart again by offsets alone."""
+    """What was packed, contexts of one cell each, taken apart again."""
     taken = []
     for i, (start, stop) in enumerate(zip(batch.offsets[:-1], batch.offsets[1:], strict=True)):
         inside = (batch.targets >= start) & (batch.targets < stop)
@@ -37,8 +39,10 @@ def contexts_of(batch: Batch) -> list[Context]:
                 genes=batch.genes[start:stop],
                 counts=batch.counts[start:stop],
                 targets=batch.targets[inside] - start,
+                cells=batch.cells[start:stop] - i,
                 target_counts=batch.target_counts[inside],
-                log_size_factor=float(batch.log_size_factors[i]),
+                log_size_factors=batch.log_size_factors[i : i + 1],
+                encodings=batch.encodings[i : i + 1],
             )
         )
     return taken
@@ -54,31 +58,6 @@ def assert_same(ours: list[Context], theirs: list[Context]) -> None:
 # Packing
 
 SOME = [a_context(1, 4, 2), a_context(2, 7, 0), a_context(3, 1, 1), a_context(4, 5, 5)]
-
-
-@pytest.mark.parametrize("num_context_ranks", [1, 2, 3, 6])
-def test_slices_of_all_context_ranks_are_the_contexts_in_their_order(num_context_ranks):
-    slices = [contexts_of(slice_of(pack(SOME), rank, num_context_ranks)) for rank in range(num_context_ranks)]
-    for whole, *parts in zip(SOME, *slices, strict=True):
-        lengths = [len(part.genes) for part in parts]
-        assert max(lengths) - min(lengths) <= 1  # and 0, where there are more ranks than tokens
-        starts = np.cumsum([0, *lengths[:-1]])
-        targets = np.concatenate([part.targets + start for part, start in zip(parts, starts, strict=True)])
-        assert np.array_equal(targets, whole.targets)
-        for name in ("genes", "counts", "target_counts"):
-            assert np.array_equal(np.concatenate([getattr(part, name) for part in parts]), getattr(whole, name)), name
-        assert {part.log_size_factor for part in parts} == {whole.log_size_factor}
-
-
-def test_a_slice_ends_where_the_next_one_begins_rounded_down():
-    batch = pack([a_context(1, 7, 0)])
-    assert [len(slice_of(batch, rank, 3).genes) for rank in range(3)] == [2, 2, 3]
-
-
-def test_a_token_of_a_slice_keeps_the_cell_it_came_from():
-    second = slice_of(pack(SOME), 1, 2)
-    assert np.array_equal(second.genes // 100, second.cells + 1)
-    assert len(second.log_size_factors) == len(SOME)
 
 
 def test_a_pack_holds_its_contexts_end_to_end_without_padding():

@@ -138,13 +138,13 @@ def test_the_size_factor_is_what_is_visible_over_its_share_in_the_training_mean(
     assert context.counts.tolist() == [3, 0, 5, 0]
     assert context.targets.tolist() == [1, 3]
     assert context.target_counts.tolist() == [50, 0]
-    assert np.exp(context.log_size_factor) == pytest.approx((3 + 5) / (0.1 + 0.3))
+    assert np.exp(context.log_size_factors[0]) == pytest.approx((3 + 5) / (0.1 + 0.3))
 
 
 def test_a_cell_of_which_nothing_is_visible_has_a_finite_size_factor():
     rule = ContextRule(0, "training", np.array([1.0, 0.0]), np.array([0.75, 0.25]), 100)
     context = build_context(rule, 0, 0, np.array([0]), np.array([4]), np.ones(2, dtype=bool))
-    assert np.exp(context.log_size_factor) == pytest.approx(0.5 / 0.25)
+    assert np.exp(context.log_size_factors[0]) == pytest.approx(0.5 / 0.25)
 
 
 def test_truncation_keeps_every_visible_token_equally_often():
@@ -165,7 +165,7 @@ def test_truncation_keeps_all_targets_the_order_of_genes_and_the_size_factor():
         assert cut.genes[cut.targets].tolist() == uncut.genes[uncut.targets].tolist()
         assert cut.counts.tolist() == uncut.counts[np.isin(uncut.genes, cut.genes)].tolist()
         assert np.all(np.diff(cut.genes) > 0)
-        assert cut.log_size_factor == uncut.log_size_factor
+        assert cut.log_size_factors == uncut.log_size_factors
 
 
 def test_max_tokens_is_the_most_visible_tokens_and_cuts_no_shorter_context():
@@ -182,7 +182,7 @@ def test_a_whole_context_hides_nothing():
     assert context.genes.tolist() == expressed.tolist()
     assert context.counts.tolist() == counts[expressed].tolist()
     assert len(context.targets) == len(context.target_counts) == 0
-    assert np.exp(context.log_size_factor) == pytest.approx(counts.sum() / rule.share.sum())
+    assert np.exp(context.log_size_factors[0]) == pytest.approx(counts.sum() / rule.share.sum())
 
 
 def test_hiding_what_is_visible_keeps_targets_and_size_factor():
@@ -192,7 +192,7 @@ def test_hiding_what_is_visible_keeps_targets_and_size_factor():
     assert hidden.targets.tolist() == list(range(len(hidden.genes)))
     assert not hidden.counts.any()
     assert hidden.target_counts.tolist() == context.target_counts.tolist()
-    assert hidden.log_size_factor == context.log_size_factor
+    assert hidden.log_size_factors == context.log_size_factors
 
 
 # What a context does not tell
@@ -263,7 +263,7 @@ def as_target_set(contexts: list[Context], num_cells: int) -> TargetSet:
         genes=np.concatenate([context.genes[context.targets] for context in contexts]),
         counts=np.concatenate([context.target_counts for context in contexts]).astype(np.int64),
         cell_of_context=np.arange(len(contexts)) % num_cells,
-        log_size_factor=np.array([context.log_size_factor for context in contexts]),
+        log_size_factor=np.array([context.log_size_factors[0] for context in contexts]),
         visible_offsets=np.zeros(len(contexts) + 1, dtype=np.int64),
         visible_genes=nothing,
         visible_counts=nothing,
@@ -281,8 +281,17 @@ def targets_by_expression(rule: ContextRule, counts: np.ndarray, cell: int) -> C
     visible = np.ones(len(counts), dtype=bool)
     visible[genes] = False
     size = visible_log_size_factor(rule.share, visible, counts[visible])
-    nothing = np.zeros(len(genes), dtype=np.float32)
-    return Context(cell, 0, genes, nothing, np.arange(len(genes)), counts[genes].astype(np.float32), size)
+    return Context(
+        sample=cell,
+        position=0,
+        genes=genes,
+        counts=np.zeros(len(genes), dtype=np.float32),
+        cells=np.zeros(len(genes), dtype=np.int64),
+        targets=np.arange(len(genes)),
+        target_counts=counts[genes].astype(np.float32),
+        log_size_factors=np.array([size]),
+        encodings=np.zeros((1, 0), dtype=np.float32),
+    )
 
 
 def what_the_choice_of_targets_tells(by_expression: bool) -> dict:

@@ -93,7 +93,7 @@ def test_a_profile_with_a_password_is_refused(folder):
 
 
 def test_changed_keys_of_a_run_that_has_begun_are_refused_at_once(folder, tiny_store):
-    from cctrain.training.train import resolve
+    from cctrain.training.data import resolve
 
     run_dir = folder / "runs" / "a"
     run_dir.mkdir(parents=True)

@@ -1,13 +1,15 @@
 import gc
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from cctrain.config import MemoryConfig
+from cctrain.errors import TrainingError
 from cctrain.model import activations
-from cctrain.model.activations import Activations, HostStore, place
+from cctrain.model.activations import Activations, ActivationStore, in_file, in_memory, place
 from tests.model.conftest import ATTENTIONS, CUDA, on, random_inputs, random_model, small_config
 
 
@@ -19,18 +21,19 @@ def small_tensors_count_as_large(monkeypatch):
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("tile_tokens", [None, 7])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
-def test_checkpoints_on_the_host_change_no_bit(attention, tile_tokens, device):
+def test_checkpoints_elsewhere_change_no_bit(attention, tile_tokens, device, tmp_path):
     inputs, results = on(device, random_inputs([12, 0, 30])), []
-    for offload in ("device", "host"):
-        memory = MemoryConfig(checkpointing=True, offload=offload, tile_tokens=tile_tokens)
+    for offload in ("device", "host", "disk"):
+        memory = MemoryConfig(True, offload, offload_dir=str(tmp_path), tile_tokens=tile_tokens)
         model = random_model(small_config(attention), memory=memory).to(device)
         torch.cat(model(inputs)).sin().sum().backward()
         results.append([parameter.grad for parameter in model.parameters()])
-    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    for wanted, *found in zip(*results, strict=True):
+        assert all(torch.equal(gradient, wanted) for gradient in found)
 
 
 def test_what_a_stage_begins_with_leaves_the_device_until_backward():
-    linear, kept = nn.Linear(16, 16), Activations(checkpointing=True, on_host=True)
+    linear, kept = nn.Linear(16, 16), Activations(checkpointing=True, offload="host")
     begin = torch.randn(9, 16, requires_grad=True) * 2
     there = weakref.ref(begin)
     with kept.layer():
@@ -38,18 +41,18 @@ def test_what_a_stage_begins_with_leaves_the_device_until_backward():
     del begin
     gc.collect()
     assert there() is None
-    [parked] = kept.host.order
+    [parked] = kept.store.order
     assert parked.host.shape == (9, 16)
     end.sum().backward()
-    assert kept.host.order == []
+    assert kept.store.order == []
     assert parked.copied is None
 
 
 def test_two_stages_of_a_layer_that_begin_with_one_tensor_send_it_once():
-    kept, x = Activations(checkpointing=True, on_host=True), torch.randn(9, 16, requires_grad=True)
+    kept, x = Activations(checkpointing=True, offload="host"), torch.randn(9, 16, requires_grad=True)
     with kept.layer():
         y = kept.run(torch.tanh, x) + kept.run(torch.sin, x)
-    first, second = kept.host.order
+    first, second = kept.store.order
     assert first is second
     y.sum().backward()
     torch.testing.assert_close(x.grad, 1 - x.tanh() ** 2 + x.cos())
@@ -76,7 +79,7 @@ def test_without_a_backward_nothing_is_kept_and_nothing_is_moved(checkpointing):
 
 
 def test_a_tensor_of_a_later_layer_is_never_taken_for_one_that_had_its_place_in_memory():
-    store, values = HostStore(), torch.arange(40.0)
+    store, values = ActivationStore(in_memory), torch.arange(40.0)
     first = store.put(values)
     store.parked.clear()
     values += 1
@@ -86,14 +89,14 @@ def test_a_tensor_of_a_later_layer_is_never_taken_for_one_that_had_its_place_in_
 
 
 def test_while_one_tensor_is_used_the_one_before_it_is_on_its_way():
-    store = HostStore()
+    store = ActivationStore(in_memory)
     parked = [store.put(torch.full((40,), float(number))) for number in range(3)]
     store.take(parked[2])
     assert [one.copied is not None for one in parked] == [False, True, False]
 
 
 def test_what_backward_does_not_need_is_passed_over():
-    store = HostStore()
+    store = ActivationStore(in_memory)
     parked = [store.put(torch.full((40,), float(number))) for number in range(3)]
     assert torch.equal(store.take(parked[0]), torch.zeros(40))
     assert torch.equal(store.take(parked[2]), torch.full((40,), 2.0))
@@ -101,4 +104,26 @@ def test_what_backward_does_not_need_is_passed_over():
 
 @pytest.mark.parametrize("small", [torch.zeros(3), torch.zeros(40, dtype=torch.int64)])
 def test_small_tensors_and_integers_stay_where_they_are(small: Tensor):
-    assert HostStore().put(small) is small
+    assert ActivationStore(in_memory).put(small) is small
+
+
+def test_a_place_in_a_file_is_mapped_and_leaves_nothing_in_the_folder(tmp_path):
+    values = torch.randn(300, 7)
+    place = in_file(values, str(tmp_path)).copy_(values)
+    assert torch.equal(place, values)
+    assert str(tmp_path) in Path("/proc/self/maps").read_text()
+    assert not list(tmp_path.iterdir())
+    del place
+    gc.collect()
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize("missing", ["room", "folder"])
+def test_activations_that_find_no_room_on_the_disk_end_with_a_word_on_what_to_do(tmp_path, missing):
+    if missing == "room":
+        values = torch.empty(2**50, device="meta")
+    else:
+        values, tmp_path = torch.zeros(40), tmp_path / "absent"
+    with pytest.raises(TrainingError, match=r"memory\.offload_dir"):
+        in_file(values, str(tmp_path))
+    assert not tmp_path.exists() or not list(tmp_path.iterdir())

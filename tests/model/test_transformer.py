@@ -250,7 +250,7 @@ def test_an_untrained_model_is_the_gene_mean(attention):
         genes=np.concatenate([context.genes[context.targets] for context in contexts]),
         counts=np.concatenate([context.target_counts for context in contexts]).astype(np.int64),
         cell_of_context=np.arange(num_cells),
-        log_size_factor=np.array([context.log_size_factor for context in contexts]),
+        log_size_factor=np.array([context.log_size_factors[0] for context in contexts]),
         visible_offsets=np.zeros(num_cells + 1, dtype=np.int64),
         visible_genes=nothing,
         visible_counts=nothing,

@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import save_file
 
 from cctrain.config import Config
+from cctrain.data.batches import pack
 from cctrain.data.contexts import ContextRule
 from cctrain.data.loader import Loader, Share
 from cctrain.data.store import TokenStore
 from cctrain.errors import DataError
 from cctrain.training.checkpoint_files import FORMAT, write_manifest
-from cctrain.training.train import context_rule
+from cctrain.training.data import context_rule
 from tests.data.conftest import prepared, random_counts, write_h5ad
 from tools.million_tokens import MEMORY_BOUND, failures, gradient_errors, one_context
 
@@ -34,13 +35,13 @@ def test_cells_in_the_order_of_the_store_make_one_context(tiny_store: TokenStore
     cells = Loader(tiny_store, rule, Share(), 0).contexts(rows, rows)
     length = sum(len(cell.genes) for cell in cells)
 
-    batch = one_context(tiny_store, rule, length)
+    batch = pack([one_context(tiny_store, rule, length)])
 
     assert batch.offsets.tolist() == [0, length]
     assert len(batch.samples) == len(batch.positions) == 1
     np.testing.assert_array_equal(batch.genes, np.concatenate([cell.genes for cell in cells]))
     np.testing.assert_array_equal(batch.counts, np.concatenate([cell.counts for cell in cells]))
-    of_tokens = np.concatenate([np.full(len(cell.genes), cell.log_size_factor, np.float32) for cell in cells])
+    of_tokens = np.concatenate([np.full(len(cell.genes), cell.log_size_factors[0], np.float32) for cell in cells])
     np.testing.assert_array_equal(batch.log_size_factors[batch.cells], of_tokens)
     hidden = np.concatenate([np.isin(np.arange(len(cell.genes)), cell.targets) for cell in cells])
     np.testing.assert_array_equal(batch.targets, np.flatnonzero(hidden))
@@ -51,7 +52,7 @@ def test_cells_in_the_order_of_the_store_make_one_context(tiny_store: TokenStore
 def test_the_last_cell_is_cut_so_that_the_number_of_tokens_is_exact(
     tiny_store: TokenStore, rule: ContextRule, num_tokens: int
 ) -> None:
-    whole, cut = one_context(tiny_store, rule, 300), one_context(tiny_store, rule, num_tokens)
+    whole, cut = (pack([one_context(tiny_store, rule, length)]) for length in (300, num_tokens))
 
     assert cut.offsets.tolist() == [0, num_tokens]
     np.testing.assert_array_equal(cut.genes, whole.genes[:num_tokens])

@@ -20,7 +20,7 @@ NUM_GENES = 150
 WORKER = Path(__file__).with_name("ranks_worker.py")
 
 TINY = """
-data: {global_batch: 10, block: 4, window: 3}
+data: {global_batch: 10, block: 4, mixed_blocks: 3}
 model: {width: 16, depth: 2, heads: 2, latents: 4, latent_width: 8}
 training: {steps: 20, warmup: 5, learning_rate: 5e-3, clip: 0.0}
 """

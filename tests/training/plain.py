@@ -10,13 +10,13 @@ import torch
 from cctrain.config import Config, load_config
 from cctrain.data.batches import Batch
 from cctrain.data.loader import Loader, Share
-from cctrain.data.order import Order
 from cctrain.data.store import TokenStore
+from cctrain.training.data import held_out_batches, resolve, training_order, training_rule
 from cctrain.training.engine import _optimizer, set_learning_rate
 from cctrain.training.loop import samples_digest, to_inputs
 from cctrain.training.objective import negative_log_likelihood
 from cctrain.training.schedule import learning_rate
-from cctrain.training.train import build_model, held_out_batches, resolve, training_rule
+from cctrain.training.train import build_model
 from tests.training.conftest import Result
 from tests.training.ranks_worker import disturb
 
@@ -65,7 +65,7 @@ def plain_training(config: Config, store: TokenStore) -> Plain:
 
 def global_batches(config: Config, store: TokenStore) -> list[Batch]:
     loader = Loader(store, training_rule(config, store), Share(), ALL_TOKENS)
-    order = Order(store.num_train, store.digest, config.run.seed, config.data.block, config.data.window)
+    order = training_order(config, loader)
     steps = loader.training_steps(order, config.data.global_batch, 0, config.training.steps)
     return [batch for step in steps for batch in step.batches]
 
@@ -101,21 +101,22 @@ class Reference:
         model.load_state_dict({name: torch.from_numpy(weight) for name, weight in result.weights.items()})
         with torch.no_grad():
             losses = target_losses(model.double(), batch).numpy()
-        cells = np.split(losses, np.searchsorted(batch.targets, batch.offsets)[1:-1])
-        return float(np.mean([cell.mean() for cell in cells]))
+        cells = batch.cells[batch.targets]
+        return float(np.mean([losses[cells == cell].mean() for cell in np.unique(cells)]))
 
     def longest_slice(self, num_context_ranks: int) -> int:
         """The least micro-batch that holds any context's slice."""
         share = Share(num_context_ranks=num_context_ranks)
-        return int(Loader(self.store, training_rule(self.config(), self.store), share, 0).sizes.max())
+        return int(Loader(self.store, training_rule(self.config(), self.store), share, 0).largest_size())
 
     def accumulate(self, num_ranks: int, steps: int) -> str:
         """The micro-batch size with which the first step accumulates `steps` times on so many ranks."""
         config = self.config()
-        sizes = Loader(self.store, training_rule(config, self.store), Share(), 0).sizes
-        step = sizes[global_batches(config, self.store)[0].samples]
+        loader = Loader(self.store, training_rule(config, self.store), Share(), 0)
+        [first, *_] = global_batches(config, self.store)
+        step = loader.sizes(first.samples, first.positions)
         tokens = int(np.ceil(step.sum() / (num_ranks * steps) * 1.12))
-        assert tokens >= sizes.max(), "the cells are too few or too large to force this accumulation"
+        assert tokens >= loader.largest_size(), "the cells are too few or too large to force this accumulation"
         return f"data.micro_batch_tokens={tokens}"
 
 

@@ -21,7 +21,6 @@ import torch
 
 from cctrain.config import Config, load_config
 from cctrain.data import loader as loader_module
-from cctrain.data.batches import Batch
 from cctrain.data.loader import Loader, RankStep
 from cctrain.data.order import Order
 from cctrain.data.store import TokenStore, open_store
@@ -31,9 +30,17 @@ from cctrain.parallel.mesh import Mesh, arrange, join_mesh, sum_over_ranks
 from cctrain.training import loop, train
 from cctrain.training.checkpoint import load_checkpoint, save_checkpoint
 from cctrain.training.checkpoint_files import FragmentReader, read_manifest
+from cctrain.training.data import (
+    held_out_batches,
+    resolve,
+    resolve_micro_batch,
+    share_of,
+    training_order,
+    training_rule,
+)
 from cctrain.training.engine import build_engine, whole
 from cctrain.training.loop import StepResult, evaluate_held_out, run_steps
-from cctrain.training.train import build_model, held_out_batches, resolve, resolve_micro_batch, share_of, training_rule
+from cctrain.training.train import build_model
 
 
 def run_case(case: dict[str, Any], config_path: str, mesh: Mesh, out: Path) -> None:
@@ -53,7 +60,7 @@ def train_case(case: dict[str, Any], config: Config, store: TokenStore, mesh: Me
     loader = PoisonedLoader(store, rule, share_of(mesh), 0)
     loader.poisoned = case.get("poison", ())
     loader.micro_batch_tokens = config.data.micro_batch_tokens = resolve_micro_batch(config, loader)
-    order = Order(store.num_train, store.digest, config.run.seed, config.data.block, config.data.window)
+    order = training_order(config, loader)
     model = build_model(config, store, mesh)
     held = sum(getattr(parameter, "ds_tensor", parameter).numel() for parameter in model.parameters())
     disturb(model)
@@ -114,13 +121,12 @@ def latents_counted_by_every_rank(mesh: Mesh) -> Iterator[None]:
 @contextmanager
 def a_slice_dropped(mesh: Mesh) -> Iterator[None]:
     """The second context rank holds no token."""
-    right = loader_module.slice_of
+    right = loader_module.tokens_of_slice
 
-    def dropped(batch: Batch, context_rank: int, num_context_ranks: int) -> Batch:
-        mine = right(batch, context_rank, num_context_ranks)
-        return right(mine, 0, 10**9) if context_rank == 1 else mine
+    def dropped(expected: np.ndarray, cell: int, num_tokens: int, context_rank: int, num: int) -> tuple[int, int]:
+        return (0, 0) if context_rank == 1 else right(expected, cell, num_tokens, context_rank, num)
 
-    with patch.object(loader_module, "slice_of", dropped):
+    with patch.object(loader_module, "tokens_of_slice", dropped):
         yield
 
 

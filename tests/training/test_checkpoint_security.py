@@ -22,11 +22,12 @@ from cctrain.run_lock import hold_run
 from cctrain.tracking.journal import Journal
 from cctrain.training.checkpoint import load_checkpoint, save_checkpoint
 from cctrain.training.checkpoint_files import damaged_files, file_digest, read_manifest, run_weights, write_manifest
+from cctrain.training.data import resolve
 from cctrain.training.engine import build_engine
 from cctrain.training.guards import write_outcome
 from cctrain.training.initial_weights import start_from
 from cctrain.training.resume import check_changes, check_checkpoints_are_there, read_past
-from cctrain.training.train import build_model, resolve
+from cctrain.training.train import build_model
 
 CHECKPOINT = "checkpoints/step-00000002"
 

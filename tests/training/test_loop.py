@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from cctrain.config import Config, DataConfig
 from cctrain.errors import TrainingError
-from cctrain.training.loop import packing_efficiency, whole_contexts
+from cctrain.training.loop import data_workers, packing_efficiency, whole_contexts
 
 
 def test_slices_add_up_to_contexts_by_position():
@@ -31,3 +32,11 @@ def test_the_packing_is_as_efficient_as_the_fullest_rank_of_each_micro_batch_let
 def test_a_step_without_tokens_wastes_nothing():
     nothing = torch.zeros(0, dtype=torch.int64)
     assert packing_efficiency(nothing, nothing, nothing, num_ranks=4) == 1
+
+
+def test_batches_are_made_in_the_background_where_training_leaves_the_cores_to_it_or_as_the_configuration_says():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert (data_workers(Config(), gpu), data_workers(Config(), cpu)) == (2, 0)
+    for workers in (0, 3):
+        config = Config(data=DataConfig(workers=workers))
+        assert data_workers(config, gpu) == data_workers(config, cpu) == workers

@@ -15,8 +15,8 @@ from cctrain.data.store import TokenStore
 from cctrain.errors import UsageError
 from cctrain.tracking.journal import read_journal
 from cctrain.training.checkpoint_files import latest_checkpoint, read_manifest
+from cctrain.training.data import resolve, resolve_micro_batch, training_rule
 from cctrain.training.guards import read_outcome
-from cctrain.training.train import resolve, resolve_micro_batch, training_rule
 from tests.trainer import Trainer, rank_processes, wait_until
 
 
@@ -48,7 +48,7 @@ def test_defaults_that_depend_on_the_store_are_resolved_and_kept(config, unequal
 def test_the_longest_context_must_fit_a_micro_batch(config, unequal_store):
     config = resolve(config, unequal_store)
     loader = Loader(unequal_store, training_rule(config, unequal_store), Share(), 0)
-    longest = int(loader.sizes.max())
+    longest = loader.largest_size()
     config.data.micro_batch_tokens = longest
     assert resolve_micro_batch(config, loader) == longest
     config.data.micro_batch_tokens = longest - 1
