@@ -15,8 +15,8 @@ exit code is 1 if a bound is broken:
                says that it goes on from what is there, and needs less processor time than the undisturbed run.
     mixing     Batches of consecutive samples of a training epoch (cctrain.data.order, with the defaults of data.block
                and data.mixed_blocks) have a mean entropy of `cell_type` within 1 % of a random permutation's. To show
-               that the check can fail: the atlas's own order, and the order of training applied to the atlas's own order,
-               that is, block reads of what was never shuffled.
+               that the check can fail: the atlas's own order, and the order of training applied to the atlas's own
+               order, that is, block reads of what was never shuffled.
 
 Entropy is in bits, of the shares of the labels inside a batch, averaged over the whole batches of an epoch. The first
 store stays in DIR/undisturbed until the next check there, those that equal it are removed. The logs of `prepare` stay.

@@ -11,6 +11,7 @@ A worker ends with this process, however it dies, and a worker that dies is one 
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -175,7 +176,7 @@ def _run_here(task: Task, advance: Callable[[str, int], None], keep_going: bool)
 
 def _work(pipe: Connection) -> None:
     """The life of a worker: tasks in, errors and progress out, until the pipe ends."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # in order, so that what libraries hold is given back
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         try:
