@@ -6,10 +6,11 @@ from pathlib import Path
 import anndata
 import numpy as np
 import pytest
+import zarr
 
 from cctrain.data import progress
 from cctrain.data import store as store_module
-from cctrain.data.manifest import read_manifest, write_manifest
+from cctrain.data.manifest import file_entries, read_manifest, write_manifest
 from cctrain.data.repack import repack
 from cctrain.data.store import TokenStore, open_store, verify_store
 from cctrain.errors import DataError
@@ -240,3 +241,50 @@ def test_every_damaged_file_is_named(shards, container):
 def test_a_manifest_with_another_content_digest_is_found(either):
     write_manifest(either.path, read_manifest(either.path) | {"digest": "0" * 64})
     assert any("content" in message for message in verify_store(either.path))
+
+
+# ---- stores that were changed together with their manifest
+
+
+def rewrite_array(store: TokenStore, name: str, values: np.ndarray) -> None:
+    """Another array of the same name, and a manifest that is right about it."""
+    group = zarr.open_group(store.path / "cells.zarr", mode="a")
+    del group[name]
+    group.create_array(name, data=values)
+    write_manifest(store.path, read_manifest(store.path) | {"files": file_entries(store.path)})
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("obs/source", np.full(60, 7), "obs/source: it names source 7 of 1"),
+        ("obs/source", np.zeros(59, dtype=int), r"obs/source: its shape is \(59,\)"),
+        ("obs/source", np.zeros(60), "obs/source: it holds float64"),
+        ("varm/measured", np.ones((30, 2), dtype=bool), r"varm/measured: its shape is \(30, 2\)"),
+    ],
+)
+def test_tables_that_do_not_fit_the_store_are_refused(either, name, values, message):
+    rewrite_array(either, name, values)
+    changed = open_store(either.path)
+    with pytest.raises(DataError, match=message):
+        _ = changed.source_of_cell if name == "obs/source" else changed.measured
+
+
+def test_tokens_that_do_not_fit_the_cells_are_refused(either, container):
+    name = "X/indptr" if container == "zarr" else "uns/shards/indptr"
+    rewrite_array(either, name, np.arange(61))
+    with pytest.raises(DataError, match=f"{name}: its cells are not consecutive tokens"):
+        _ = open_store(either.path).num_tokens
+
+
+def test_a_gene_beyond_the_vocabulary_is_refused(shards):
+    write_manifest(shards.path, read_manifest(shards.path) | {"num_genes": 10})
+    with pytest.raises(DataError, match="a cell has gene 19 of a vocabulary of 10"):
+        open_store(shards.path).cells(np.arange(70))
+
+
+@pytest.mark.parametrize("change", [{"num_cells": "60"}, {"num_train": 99}, {"files": {"../a": {}}}, {"dtypes": None}])
+def test_a_manifest_with_a_field_of_another_kind_is_refused(either, change):
+    write_manifest(either.path, read_manifest(either.path) | change)
+    with pytest.raises(DataError, match=f"{next(iter(change))} is not what cctrain writes there"):
+        open_store(either.path)
