@@ -26,7 +26,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from cctrain.apply.predict import embed_contexts, load_model
 from cctrain.code_version import code_commit
-from cctrain.data.contexts import Context, whole_context
+from cctrain.data.contexts import Context, build_context, nothing_hidden
 from cctrain.data.store import TokenStore, open_store
 from cctrain.run_directory import TrainedRun, open_run
 
@@ -65,10 +65,11 @@ def main() -> None:
 def embed_store(run: TrainedRun, store: TokenStore) -> np.ndarray:
     def contexts() -> Iterator[Context]:
         most = run.config.data.max_tokens or len(store.genes.ids)
+        rule = nothing_hidden(store.genes.share, most, run.config.model.cell_encoding or 0)
         for row in range(store.num_cells):
             cell = store.cells(np.array([row]))
             measured = store.measured[store.source_of_cell[row]]
-            yield whole_context(row, cell.genes, cell.counts, store.genes.share, measured, most)
+            yield build_context(rule, 0, 0, cell.genes, cell.counts, measured)
 
     return embed_contexts(load_model(run), contexts())
 

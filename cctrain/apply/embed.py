@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import track
 
 from cctrain.apply.predict import embed_contexts, load_model
-from cctrain.data.contexts import Context, whole_context
+from cctrain.data.contexts import Context, ContextRule, build_context, nothing_hidden
 from cctrain.data.sources import CellBlock, Source, open_source
 from cctrain.errors import DataError
 from cctrain.parallel.mesh import find_device_kind
@@ -28,8 +28,8 @@ KEY = "X_cctrain"
 def embed(run_dir: Path, source_path: Path, out: Path, counts: str | None = None) -> dict[str, int]:
     """Write OUT, the input with `obsm['X_cctrain']` float32 (cells, width) added.
 
-    Genes are matched by id; a gene that the source did not measure is not in its contexts. Raises DataError if
-    no gene matches or OUT exists already.
+    Every cell is a context of its own, whatever the run was trained on. Genes are matched by id; a gene that the source
+    did not measure is not in its contexts. Raises DataError if no gene matches or OUT exists already.
     """
     run = open_run(run_dir)
     if out.exists():
@@ -49,22 +49,23 @@ def embed(run_dir: Path, source_path: Path, out: Path, counts: str | None = None
         )
     log.info("%s of the model's %s genes are measured in %s", f"{matched:,}", f"{len(share):,}", source_path)
 
-    cells = _contexts(source, to_vocabulary, share, run.config.data.max_tokens or len(share))
+    rule = nothing_hidden(share, run.config.data.max_tokens or len(share), run.config.model.cell_encoding or 0)
+    cells = _contexts(source, to_vocabulary, rule)
     shown = track(cells, description="embedding cells", total=source.num_cells, console=Console(stderr=True))
     vectors = embed_contexts(model, shown)
     _write(source, source_path, vectors, out)
     return {"cells": source.num_cells, "dimensions": vectors.shape[1], "genes_matched": matched}
 
 
-def _contexts(source: Source, to_vocabulary: np.ndarray, share: np.ndarray, max_tokens: int) -> Iterator[Context]:
-    measured = np.zeros(len(share), dtype=bool)
+def _contexts(source: Source, to_vocabulary: np.ndarray, rule: ContextRule) -> Iterator[Context]:
+    measured = np.zeros(len(rule.share), dtype=bool)
     measured[to_vocabulary[to_vocabulary >= 0]] = True
     for block in source.blocks():
-        yield from _block_contexts(block, to_vocabulary, share, measured, max_tokens)
+        yield from _block_contexts(block, to_vocabulary, rule, measured)
 
 
 def _block_contexts(
-    block: CellBlock, to_vocabulary: np.ndarray, share: np.ndarray, measured: np.ndarray, max_tokens: int
+    block: CellBlock, to_vocabulary: np.ndarray, rule: ContextRule, measured: np.ndarray
 ) -> Iterator[Context]:
     matrix = block.counts
     for row in range(matrix.shape[0]):
@@ -73,7 +74,8 @@ def _block_contexts(
         known = genes >= 0
         genes, counts = genes[known], counts[known]
         ascending = np.argsort(genes, kind="stable")
-        yield whole_context(block.start + row, genes[ascending], counts[ascending], share, measured, max_tokens)
+        # One number for all: a vector does not depend on where in the file its cell is.
+        yield build_context(rule, 0, 0, genes[ascending], counts[ascending], measured)
 
 
 def _write(source: Source, source_path: Path, vectors: np.ndarray, out: Path) -> None:

@@ -156,17 +156,9 @@ def by_cell(context: Context) -> list[Context]:
     ]
 
 
-def whole_context(
-    cell: int,
-    genes: np.ndarray,
-    counts: np.ndarray,
-    share: np.ndarray,
-    measured: np.ndarray,
-    max_tokens: int,
-) -> Context:
-    """A cell with nothing hidden, for its embedding; arguments as in `build_context`."""
-    rule = ContextRule(0, "embedding", np.zeros(len(share)), share, max_tokens)
-    return build_context(rule, 0, cell, genes, counts, measured)
+def nothing_hidden(share: np.ndarray, max_tokens: int, cell_encoding: int = 0) -> ContextRule:
+    """The rule of a cell's embedding; fields as in ContextRule."""
+    return ContextRule(0, "embedding", np.zeros(len(share)), share, max_tokens, cell_encoding=cell_encoding)
 
 
 def hide_visible(context: Context) -> Context:

@@ -33,7 +33,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
     return prepared(folder / "store", write_h5ad(folder / "cells.h5ad", counts()))
 
 
-@pytest.fixture(scope="module", params=["criss_cross", "dense"])
+@pytest.fixture(scope="module", params=["criss_cross", "dense", "criss_cross, cell_encoding: 70"])
 def run(request: pytest.FixtureRequest, store: TokenStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a training leaves: random weights serve as well as trained ones."""
     folder = tmp_path_factory.mktemp(f"run-{request.param}")

@@ -146,6 +146,36 @@ def test_no_training_cell_is_evaluated_and_the_draws_of_a_cell_differ(store, tar
     assert len(first) == 4
 
 
+@pytest.mark.parametrize("window", ["null", "3"])
+def test_a_held_out_cell_has_the_same_targets_alone_and_in_its_group(tmp_path, window):
+    donors = [f"donor {i % 7}" for i in range(60)]
+    source = write_h5ad(tmp_path / "cells.h5ad", poisson_cells(0.8)[:60], obs={"donor": donors})
+    store = prepared(tmp_path / "store", source, group_by="donor", held_out=0.4)
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    described, num_contexts = [], []
+    for kind in (("data.context=cell",), ("data.context=group", f"data.window={window}")):
+        config = load_config(tmp_path / "tiny.yaml", [f"data.store={store.path}", *kind])
+        targets, num, contexts = held_out_targets(store, config)
+        num_contexts.append(num)
+        assert sum(len(context.targets) for context in contexts()) == len(targets.genes)
+        predicted = np.concatenate([context.genes[context.targets] for context in contexts()])
+        assert np.array_equal(predicted, targets.genes)
+        described.append(
+            sorted(
+                (
+                    int(targets.cell_of_context[context]),
+                    float(targets.log_size_factor[context]),
+                    targets.genes[targets.contexts == context].tolist(),
+                    targets.counts[targets.contexts == context].tolist(),
+                    targets.visible_genes[slice(*targets.visible_offsets[context : context + 2])].tolist(),
+                )
+                for context in range(targets.num_contexts)
+            )
+        )
+    assert described[0] == described[1]
+    assert num_contexts[1] < num_contexts[0] == 4 * (store.num_cells - store.num_train)
+
+
 def test_the_sentence_follows_the_intervals_and_not_the_means(targets):
     flat = np.zeros(len(targets.genes))
     expected = np.log(np.maximum(targets.counts, 0.3))

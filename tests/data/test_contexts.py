@@ -18,9 +18,9 @@ from cctrain.data.contexts import (
     choose_targets,
     context_size_bound,
     hide_visible,
+    nothing_hidden,
     target_probability,
     visible_log_size_factor,
-    whole_context,
 )
 from cctrain.training.loop import to_inputs
 from tests.model.conftest import random_model
@@ -175,10 +175,10 @@ def test_max_tokens_is_the_most_visible_tokens_and_cuts_no_shorter_context():
         assert len(visible_genes(context_of(a_rule(max_tokens), counts))) == expected
 
 
-def test_a_whole_context_hides_nothing():
+def test_for_an_embedding_nothing_is_hidden():
     counts, rule = some_counts(), a_rule()
     expressed = np.flatnonzero(counts)
-    context = whole_context(4, expressed, counts[expressed], rule.share, EVERY_GENE, 10_000)
+    context = build_context(nothing_hidden(rule.share, 10_000), 0, 4, expressed, counts[expressed], EVERY_GENE)
     assert context.genes.tolist() == expressed.tolist()
     assert context.counts.tolist() == counts[expressed].tolist()
     assert len(context.targets) == len(context.target_counts) == 0
