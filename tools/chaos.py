@@ -264,12 +264,12 @@ def disturb(
             latest = latest_step(folder / "run")
             with attempt_of(folder, config, kind) as attempt:
                 processes = wait_for_moment(attempt, kill, undisturbed)
-                if processes is None:
+                killed = None if processes is None else strike(attempt, kill, kind, processes, last)
+                if killed is None:
                     # It was done before its kill. The next attempt finds nothing to do, and is killed as it starts.
                     wait_for_end(attempt)
                     queue.insert(0, replace(kill, moment="start-up", share=kill.share / 2))
                 else:
-                    killed = strike(attempt, kill, kind, processes, last)
                     if queue and kill == into_save(kill) and killed.phase != IN_SAVE:
                         queue[0] = into_save(queue[0])  # the save was faster: once more
                     yield killed
@@ -322,8 +322,11 @@ def until(attempt: Attempt, look: Callable[[], Any], pause: float = 0.005) -> An
     return seen
 
 
-def strike(attempt: Attempt, kill: Kill, kind: Kind, processes: dict[str, psutil.Process], last: int) -> Killed:
-    """Kill the victim; see where that fell, and that nothing of the run goes on or is half there."""
+def strike(attempt: Attempt, kill: Kill, kind: Kind, processes: dict[str, psutil.Process], last: int) -> Killed | None:
+    """Kill the victim; see where that fell, and that nothing of the run goes on or is half there.
+
+    None if all had ended in order before the kill had any effect.
+    """
     # After the last step a rank may have left already.
     victim = kill.victim if kill.victim in processes and is_alive(processes[kill.victim]) else ALL
     seconds, struck = time.time() - attempt.started, time.monotonic()
@@ -338,6 +341,8 @@ def strike(attempt: Attempt, kill: Kill, kind: Kind, processes: dict[str, psutil
         gone_after = wait_until_gone(attempt, processes, struck)
     what = f"{victim} killed {phase}, step {step}"
     code = attempt.launcher.wait()
+    if code == 0 and read_outcome(attempt.run_dir) == "finished":
+        return None
     if code != (EXIT_CODE_OF_LOST_RANK if victim in RANKS else -signal.SIGKILL):
         raise Fault(f"{what}: the launcher ended with exit code {code}:\n{tail(attempt)}")
     outcome = read_outcome(attempt.run_dir)
