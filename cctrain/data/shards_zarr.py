@@ -107,8 +107,8 @@ def one_blosc_thread() -> Iterator[None]:
 class ZarrShards:
     """Chunks of equal size; a shard is a file of each of the two arrays.
 
-    The files are read directly, as the specification of the sharding codec lays them out. An array of 34 chunks takes
-    0.4 ms without compression and 2.3 ms with lz4, where the Rust codecs of `zarrs` take 1.6 and 3.2 ms.
+    The files are read directly, as the specification of the sharding codec lays them out: about as fast as the Rust
+    codecs of `zarrs` are, and twice as fast as zarr-python (`tools/bench_data.py`).
     """
 
     def __init__(self, root: Path, indptr: np.ndarray) -> None:
