@@ -113,7 +113,7 @@ def runs(
             Case(f"{stage}-often-recomputed", (*base, longest, *RECOMPUTED)),
         ]
     folder = tmp_path_factory.mktemp(f"rows-of-{request.param}")
-    return run_cases(cases, 4, reference.path, reference.store, folder / "out", timeout=600)
+    return run_cases(cases, 4, reference.path, reference.store, folder / "out", timeout=1800)
 
 
 @pytest.mark.parametrize("stage", STAGES)
