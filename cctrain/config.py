@@ -70,6 +70,11 @@ class DataConfig:
         "its names (cell types, say) each comes equally often. Default: every sample once an epoch.",
         None,
     )
+    weights_digest: str | None = fixed(
+        "SHA-256 that these weights must have: obs is not part of the store's content digest. Default: taken from the "
+        "store at the first start.",
+        None,
+    )
     global_batch: int = fixed("Contexts that one optimizer step consumes, whatever the number of ranks.", 16)
     micro_batch_tokens: int | None = free(
         "Most tokens a rank holds at once (memory); accumulation follows. Default: 16,384, or the longest "

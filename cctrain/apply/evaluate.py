@@ -204,7 +204,10 @@ def training_cells(store: TokenStore) -> TrainingCells:
     """The training split, or a fixed sample of it, as one matrix."""
     rows = np.arange(store.num_train)
     if len(rows) > MOST_TRAINING_CELLS:
-        rows = rows[:MOST_TRAINING_CELLS]  # the store is shuffled
+        # A store is shuffled by cell or by group, and the first cells of one with groups are those of few groups.
+        if store.groups is not None:
+            rows = np.argsort(hash64(store.digest, "baseline cells", rows), kind="stable")
+        rows = np.sort(rows[:MOST_TRAINING_CELLS])
         log.info("fitting baselines on %s of %s training cells", f"{len(rows):,}", f"{store.num_train:,}")
     cells = store.cells(rows)
     shape = (len(rows), len(store.genes.ids))

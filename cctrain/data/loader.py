@@ -99,22 +99,22 @@ class Loader:
         )
         contexts, done = [], 0
         for sample, position, rows, (first, last) in zip(samples, positions, cells_of, touched, strict=True):
-            parts = []
+            parts, ends = [], np.cumsum(self._expected[rows])
             for cell in range(first, last):
                 tokens = slice(read.offsets[done], read.offsets[done + 1])
-                parts.append(self._slice(rows, cell, int(position), read.genes[tokens], read.counts[tokens]))
+                parts.append(self._slice(rows, ends, cell, int(position), read.genes[tokens], read.counts[tokens]))
                 done += 1
             contexts.append(join(int(sample), parts, len(rows), first))
         return contexts
 
-    def _slice(self, rows: np.ndarray, cell: int, position: int, genes: np.ndarray, counts: np.ndarray) -> Context:
+    def _slice(
+        self, rows: np.ndarray, ends: np.ndarray, cell: int, position: int, genes: np.ndarray, counts: np.ndarray
+    ) -> Context:
         """What this rank holds of one cell of the context that `rows` make."""
         measured = self.store.measured[self.store.source_of_cell[rows[cell]]]
         whole = build_context(self.rule, position, int(rows[cell]), genes, counts, measured)
         share = self.share
-        first, last = tokens_of_slice(
-            self._expected[rows], cell, len(whole.genes), share.context_rank, share.num_context_ranks
-        )
+        first, last = tokens_of_slice(ends, cell, len(whole.genes), share.context_rank, share.num_context_ranks)
         return part_of(whole, first, last)
 
     def _cells(self, sample: int, position: int) -> np.ndarray:

@@ -34,6 +34,22 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
 
 def read_manifest(path: Path) -> Manifest:
     """The manifest of a store of this format and version; DataError if there is none, or if it is damaged."""
+    file, manifest = Path(path) / MANIFEST, check_is_store(path)
+    if manifest.get("version") != VERSION:
+        raise DataError(
+            f"{file}: format version {manifest.get('version')}, and this cctrain reads {VERSION}: prepare "
+            "the store again with this version."
+        )
+    digest = manifest.pop("manifest_sha256", None)
+    if digest != _digest_of(manifest):
+        raise DataError(f"{file}: it was altered (its own SHA-256 does not match): {_REMEDY}.")
+    if manifest.get("container") not in CONTAINERS:
+        raise DataError(f"{file}: container {manifest.get('container')!r} is none of {', '.join(CONTAINERS)}.")
+    return manifest
+
+
+def check_is_store(path: Path) -> Manifest:
+    """The manifest of a store of whatever version, damaged or not; DataError if there is none."""
     file = Path(path) / MANIFEST
     if not file.is_file():
         raise DataError(f"{path}: not a token store: no {MANIFEST}. `cctrain prepare` writes one.")
@@ -45,16 +61,6 @@ def read_manifest(path: Path) -> Manifest:
         raise DataError(f"{file}: not valid JSON ({error}): {_REMEDY}.") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise DataError(f"{file}: not the manifest of a token store (its format is not '{FORMAT}').")
-    if manifest.get("version") != VERSION:
-        raise DataError(
-            f"{file}: format version {manifest.get('version')}, and this cctrain reads {VERSION}: prepare "
-            "the store again with this version."
-        )
-    digest = manifest.pop("manifest_sha256", None)
-    if digest != _digest_of(manifest):
-        raise DataError(f"{file}: it was altered (its own SHA-256 does not match): {_REMEDY}.")
-    if manifest.get("container") not in CONTAINERS:
-        raise DataError(f"{file}: container {manifest.get('container')!r} is none of {', '.join(CONTAINERS)}.")
     return manifest
 
 
@@ -140,6 +146,9 @@ def _wrong_field(manifest: Manifest) -> str | None:
         "unit": manifest.get("unit") in ("cell", "group"),
         "dtypes": isinstance(dtypes, dict) and all(dtypes.get(name) in _DTYPES for name in ("genes", "counts")),
         "tokens_per_cell": isinstance(tokens, dict) and all(_is_number(tokens.get(name)) for name in _OF_TOKENS),
+        "group_by": isinstance(manifest.get("group_by"), str | None),
+        "split_by": isinstance(manifest.get("split_by"), str | None),
+        "hold_out": _are(manifest.get("hold_out", []), lambda value: isinstance(value, str)),
         "notes": _are(manifest.get("notes", []), lambda note: isinstance(note, str)),
         "sources": bool(manifest.get("sources")) and _are(manifest["sources"], _is_source),
         "quality": _are(manifest.get("quality"), lambda row: isinstance(row, dict) and row.keys() >= _OF_RULES),

@@ -121,6 +121,9 @@ def _kind(column: pd.Series) -> str:
 
 
 def _texts(column: pd.Series) -> np.ndarray:
+    """Numbers that are whole as such: a column of integers with a gap comes as floats, and donor 4.0 is donor 4."""
+    if pd.api.types.is_float_dtype(column.dtype) and (column.dropna() % 1 == 0).all():
+        column = column.astype("Int64")
     values = column.astype(object).to_numpy()
     return np.array([None if pd.isna(value) else str(value) for value in values], dtype=object)
 

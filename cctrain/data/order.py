@@ -7,7 +7,7 @@ of ranks. A global batch never crosses an epoch; a short last one is trained.
 """
 
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -50,10 +50,14 @@ class Order:
         return np.concatenate(([0], ends[self.mixed_blocks - 1 : len(blocks) - 1 : self.mixed_blocks]))
 
     def _draws(self, positions: np.ndarray) -> np.ndarray:
+        draws = uniform(self.digest, self.seed, "weighted draws", self.kind, positions) * self._cumulative[-1]
+        last = np.searchsorted(self._cumulative, self._cumulative[-1])  # by rounding, a draw may equal the sum
+        return np.minimum(np.searchsorted(self._cumulative, draws, side="right"), last)
+
+    @cached_property
+    def _cumulative(self) -> np.ndarray:
         assert self.weights is not None
-        cumulative = np.cumsum(self.weights)
-        draws = uniform(self.digest, self.seed, "weighted draws", self.kind, positions) * cumulative[-1]
-        return np.minimum(np.searchsorted(cumulative, draws, side="right"), np.flatnonzero(self.weights)[-1])
+        return np.cumsum(self.weights)
 
     def keys(self, purpose: str, epoch: int) -> tuple:
         return (self.digest, self.seed, purpose, self.kind, self.block, self.mixed_blocks, epoch)

@@ -16,10 +16,11 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, islice
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
@@ -49,7 +50,9 @@ def prefetched(
     if workers == 0:
         yield from loader.training_steps(order, global_batch, position, num_steps)
         return
-    work = (loader, order, global_batch, position, num_steps)
+    # Each makes its own, from little: a loader holds some numbers for every cell of the store.
+    make_loader = partial(type(loader), loader.store, loader.rule, loader.share, loader.micro_batch_tokens)
+    work = (make_loader, order, global_batch, position, num_steps)
     with ThreadPoolExecutor(1, "steps") as reader, _running(min(workers, num_steps), work) as running:
         turns = islice(cycle(running), num_steps)
         coming = deque(reader.submit(_receive, worker) for worker in islice(turns, STEPS_AHEAD))
@@ -73,7 +76,7 @@ class _Worker:
 
 
 @contextmanager
-def _running(workers: int, work: tuple[Loader, Order, int, int, int]) -> Iterator[list[_Worker]]:
+def _running(workers: int, work: tuple[Callable[[], Loader], Order, int, int, int]) -> Iterator[list[_Worker]]:
     """Started one after the other, killed at the end: they hold nothing that could be lost."""
     context = multiprocessing.get_context("spawn")  # after fork, zarrs hangs where the parent has read anything
     running: list[_Worker] = []
@@ -152,7 +155,7 @@ def _work(
     steps: Connection,
     index: int,
     workers: int,
-    loader: Loader,
+    make_loader: Callable[[], Loader],
     order: Order,
     global_batch: int,
     position: int,
@@ -162,6 +165,7 @@ def _work(
     zarr.config.set({"threading.max_workers": 1})  # each worker would take all cores for its decoding
     with suppress(BrokenPipeError):  # the parent has ended
         try:
+            loader = make_loader()
             for start in islice(step_positions(order, global_batch, position), index, num_steps, workers):
                 steps.send(loader.step(order, global_batch, start))
         except CctrainError as error:

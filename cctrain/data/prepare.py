@@ -57,7 +57,7 @@ from cctrain.data.inputs import (
     read_digests,
     scan_inputs,
 )
-from cctrain.data.manifest import FORMAT, VERSION, file_entries, read_manifest, write_manifest
+from cctrain.data.manifest import FORMAT, VERSION, check_is_store, file_entries, write_manifest
 from cctrain.data.metadata import gene_table, merge_obs
 from cctrain.data.pieces import TOKENS_PER_PIECE, Cut, Shuffled
 from cctrain.data.quality import QualityControl, format_table
@@ -171,7 +171,7 @@ def _check_out(out: Path, overwrite: bool) -> None:
     if out.exists():
         if not overwrite:
             raise DataError(f"{out} exists: choose another --out, or replace the store with --overwrite.")
-        read_manifest(out)  # only a token store is ever replaced
+        check_is_store(out)  # only a token store is ever replaced
 
 
 def _open(

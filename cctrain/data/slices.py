@@ -25,10 +25,14 @@ def touched_cells(expected: np.ndarray, context_rank: int, num_context_ranks: in
 
 
 def tokens_of_slice(
-    expected: np.ndarray, cell: int, num_tokens: int, context_rank: int, num_context_ranks: int
+    ends: np.ndarray, cell: int, num_tokens: int, context_rank: int, num_context_ranks: int
 ) -> tuple[int, int]:
-    """The tokens first .. last − 1, of the `num_tokens` that the cell turned out to have, that are in the slice."""
-    total, before, size = int(expected.sum()), int(expected[:cell].sum()), int(expected[cell])
+    """The tokens first .. last − 1, of the `num_tokens` that the cell turned out to have, that are in the slice.
+
+    `ends` is the cumulative sum of the expected sizes.
+    """
+    total, before = int(ends[-1]), int(ends[cell - 1]) if cell else 0
+    size = int(ends[cell]) - before
     first, last = (
         (rank * total - num_context_ranks * before) * num_tokens // (num_context_ranks * size)
         for rank in (context_rank, context_rank + 1)

@@ -27,6 +27,7 @@ from cctrain.errors import CctrainError, DataError
 from cctrain.run_lock import LOCK, hold_run
 
 INPUTS = "inputs.json"
+_BEING_EMPTIED = {"being emptied": True}
 _HELD = "another prepare is writing {directory}: {holder}. Wait for its end, or choose another --out"
 
 
@@ -38,7 +39,10 @@ def workspace(out: Path, inputs: dict[str, Any], report: Callable[[str], None]) 
     DataError when the disk is full.
     """
     partial = partial_folder(out)
-    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{partial}: this folder cannot be made ({error.strerror}): choose another --out.") from error
     try:
         with _terminate_as_interrupt(), hold_run(partial, held=_HELD):
             _take_up(partial, inputs, report)
@@ -85,7 +89,12 @@ def _take_up(partial: Path, inputs: dict[str, Any], report: Callable[[str], None
     if found == inputs:
         report(f"continuing in {partial}, where an earlier prepare was stopped")
         return
-    if found is not None:
+    if found is None and any(not _is_ours(path.name) for path in partial.iterdir()):
+        raise DataError(
+            f"{partial} holds files that no prepare has left there: they would be lost. Move them away, or choose "
+            "another --out."
+        )
+    if found not in (None, _BEING_EMPTIED):
         differs = ", ".join(sorted(key for key in found.keys() | inputs.keys() if found.get(key) != inputs.get(key)))
         report(f"{partial} was for other inputs or options ({differs}): beginning anew")
     _empty(partial)
@@ -95,19 +104,27 @@ def _take_up(partial: Path, inputs: dict[str, Any], report: Callable[[str], None
 def _read_inputs(path: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+    except FileNotFoundError:
         return None
+    except ValueError:
+        return {}
     return found if isinstance(found, dict) else {}
 
 
 def _empty(partial: Path) -> None:
-    """All but the lock; the inputs first, so that a kill in between leaves nothing to be continued."""
-    (partial / INPUTS).unlink(missing_ok=True)
+    """All but the lock. Inputs that say nothing come first, so that a kill in between leaves nothing to be continued,
+    and go last, so that what is left is known to be ours."""
+    publish_text(partial / INPUTS, json.dumps(_BEING_EMPTIED) + "\n")
     for path in partial.iterdir():
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif not path.name.startswith((LOCK, f".{LOCK}.")):
+        elif not _is_ours(path.name):
             path.unlink()
+    (partial / INPUTS).unlink()
+
+
+def _is_ours(name: str) -> bool:
+    return name.startswith((LOCK, f".{LOCK}.", INPUTS, f".{INPUTS}."))
 
 
 def _replace(out: Path, store: Path) -> None:

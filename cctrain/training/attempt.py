@@ -17,6 +17,7 @@ from cctrain.code_version import code_commit
 from cctrain.config import Config, to_yaml
 from cctrain.data.batches import Batch
 from cctrain.data.loader import Loader
+from cctrain.data.order import Order
 from cctrain.data.store import TokenStore
 from cctrain.errors import CctrainError, TrainingError
 from cctrain.model.saved import save_weights
@@ -26,7 +27,6 @@ from cctrain.tracking.journal import Journal
 from cctrain.tracking.projection import LiveProjection, default_uri
 from cctrain.training.checkpoint import save_checkpoint
 from cctrain.training.checkpoint_files import checkpoint_name, discard_leftovers, prune, read_weights
-from cctrain.training.data import training_order
 from cctrain.training.guards import ENDINGS, Ending, SkippedSteps, StopRequests, Watchdog, read_outcome, write_outcome
 from cctrain.training.loop import StepResult, evaluate_held_out, run_steps
 from cctrain.training.report import Report
@@ -57,6 +57,7 @@ class Attempt:
     store: TokenStore
     engine: Any
     loader: Loader
+    order: Order
     held_out: list[Batch]
     requests: StopRequests
     watchdog: Watchdog
@@ -70,7 +71,6 @@ def follow(attempt: Attempt, journal: Journal | None) -> Ending:
     """
     config, start = attempt.config, attempt.start
     looks, checkpoint = config.evaluation, config.checkpoint
-    order = training_order(config, attempt.loader)
     skipped = SkippedSteps(config.training.max_skipped)
     report = Report(config, attempt.mesh, attempt.store, attempt.loader, start.step)
     ending, reason = FINISHED, None
@@ -79,7 +79,7 @@ def follow(attempt: Attempt, journal: Journal | None) -> Ending:
         config,
         attempt.mesh,
         attempt.loader,
-        order,
+        attempt.order,
         start.step,
         start.position,
         attempt.requests.local,

@@ -1,5 +1,6 @@
 """What a run feeds its model: the defaults that its store decides, the rule of its contexts, their order, the look."""
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,6 +79,11 @@ def training_order(config: Config, loader: Loader) -> Order:
     if data.weights is not None:
         kind, weights = f"{kind} by {data.weights}", sample_weights(store, samples, data.weights)
     return Order(samples.num_train, store.digest, config.run.seed, data.block, data.mixed_blocks, kind, weights)
+
+
+def weights_digest(order: Order) -> str | None:
+    """SHA-256 of the weights, float64 little endian."""
+    return None if order.weights is None else hashlib.sha256(order.weights.astype("<f8").tobytes()).hexdigest()
 
 
 def held_out_batches(config: Config, store: TokenStore, loader: Loader) -> list[Batch]:

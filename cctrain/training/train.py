@@ -21,7 +21,15 @@ from cctrain.tracking.address import check_configured_uri
 from cctrain.training.attempt import FINISHED, Attempt, Start, follow, recorded, tell_ending
 from cctrain.training.checkpoint import load_checkpoint
 from cctrain.training.checkpoint_files import latest_checkpoint, step_of
-from cctrain.training.data import held_out_batches, resolve, resolve_micro_batch, share_of, training_rule
+from cctrain.training.data import (
+    held_out_batches,
+    resolve,
+    resolve_micro_batch,
+    share_of,
+    training_order,
+    training_rule,
+    weights_digest,
+)
 from cctrain.training.engine import build_engine, sharded_if_wanted, whole
 from cctrain.training.guards import Ending, StopRequests, Watchdog, clear_outcome, record_crashes, write_outcome
 from cctrain.training.initial_weights import start_from
@@ -64,6 +72,13 @@ def run_attempt(config: Config, accept_changes: bool, mesh: Mesh, requests: Stop
     config = resolve(config, store)
     loader = Loader(store, training_rule(config, store), share_of(mesh), config.data.micro_batch_tokens or 0)
     config.data.micro_batch_tokens = loader.micro_batch_tokens = resolve_micro_batch(config, loader)
+    order = training_order(config, loader)
+    config.data.weights_digest = config.data.weights_digest or weights_digest(order)
+    if config.data.weights_digest != weights_digest(order):
+        raise DataError(
+            f"{store.path}: obs column '{config.data.weights}' holds other weights than those asked for "
+            "(data.weights_digest): point data.store to the store with these weights"
+        )
     past = read_past(run_dir)
     has_begun = past.attempts > 0 or latest_checkpoint(run_dir) is not None
     changes = check_changes(run_dir, config, accept_changes) if has_begun else []
@@ -87,7 +102,7 @@ def run_attempt(config: Config, accept_changes: bool, mesh: Mesh, requests: Stop
     step, position = (0, 0) if manifest is None else (manifest["step"], manifest["position"])
     start = Start(step, position, past, facts)
     held_out = held_out_batches(config, store, loader) if config.evaluation.every else []
-    attempt = Attempt(config, run_dir, mesh, store, engine, loader, held_out, requests, watchdog, start)
+    attempt = Attempt(config, run_dir, mesh, store, engine, loader, order, held_out, requests, watchdog, start)
     with recorded(attempt) as journal:
         return follow(attempt, journal)
 

@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from cctrain.apply import evaluate as evaluate_module
 from cctrain.apply.evaluate import GENE_MEAN, HIDDEN, MODEL, NEIGHBOURS, compare, evaluate, held_out_targets, table
 from cctrain.apply.targets import TargetSet
 from cctrain.config import load_config
@@ -174,6 +176,24 @@ def test_a_held_out_cell_has_the_same_targets_alone_and_in_its_group(tmp_path, w
         )
     assert described[0] == described[1]
     assert num_contexts[1] < num_contexts[0] == 4 * (store.num_cells - store.num_train)
+
+
+def test_baselines_of_a_store_with_groups_are_fitted_on_cells_of_all_of_them(tmp_path, monkeypatch):
+    donors = [f"donor {i % 7}" for i in range(280)]
+    source = write_h5ad(tmp_path / "cells.h5ad", poisson_cells(0.8)[:280], obs={"donor": donors})
+    store = prepared(tmp_path / "store", source, group_by="donor", held_out=0.3)
+    monkeypatch.setattr(evaluate_module, "MOST_TRAINING_CELLS", 60)
+    cells = evaluate_module.training_cells(store)
+    assert cells.counts.shape[0] == 60
+
+    def described(genes: np.ndarray, counts: np.ndarray) -> tuple:
+        return tuple(genes.tolist()), tuple(counts.tolist())
+
+    train, matrix = store.cells(np.arange(store.num_train)), cells.counts
+    rows = {described(train.genes[a:b], train.counts[a:b]): row for row, (a, b) in enumerate(pairwise(train.offsets))}
+    chosen = [rows[described(matrix.indices[a:b], matrix.data[a:b])] for a, b in pairwise(matrix.indptr)]
+    group = np.searchsorted(store.groups.starts, chosen, side="right") - 1
+    assert set(group.tolist()) == set(range(store.groups.num_train))
 
 
 def test_the_sentence_follows_the_intervals_and_not_the_means(targets):

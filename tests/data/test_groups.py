@@ -51,6 +51,15 @@ def test_groups_are_part_of_what_the_digest_says(tmp_path):
     assert len({store.digest for store in (plain, *stores)}) == 3
 
 
+def test_a_number_is_the_same_value_where_a_missing_one_has_made_it_a_float(tmp_path):
+    one = write_h5ad(tmp_path / "a.h5ad", random_counts(8, 8), obs={"donor": [1, 2, 3, 4] * 2})
+    gap = random_counts(9, 8, seed=1)
+    gap[8] = 0  # does not pass quality control
+    two = write_h5ad(tmp_path / "b.h5ad", gap, obs={"donor": [1.0, 2.0, 3.0, 4.0] * 2 + [np.nan]})
+    store = prepared(tmp_path / "store", one, two, group_by="donor", held_out=0.4)
+    assert sorted(store.groups.names.tolist()) == ["1", "2", "3", "4"]
+
+
 def test_the_same_text_in_two_sources_is_the_same_group(tmp_path):
     one = write_h5ad(tmp_path / "a.h5ad", random_counts(10, 8), obs={"batch": pd.Categorical([1, 2] * 5)})
     two = write_h5ad(tmp_path / "b.h5ad", random_counts(10, 8, seed=1), obs={"batch": ["1", "3"] * 5})

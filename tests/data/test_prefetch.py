@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
 
@@ -189,7 +189,7 @@ def test_a_damaged_store_is_the_same_error_as_without_workers(tiny_store, tmp_pa
 
 def test_a_defect_in_a_worker_shows_where_it_is(tiny_store):
     loader = loader_of(tiny_store)
-    loader.rule = None
+    loader.rule = replace(loader.rule, share=None)
     with pytest.raises(RuntimeError, match=r"(?s)a data worker failed:\nTraceback.*loader\.py"):
         next(prefetched(loader, order_of(tiny_store), GLOBAL_BATCH, 0, 10, workers=1))
 

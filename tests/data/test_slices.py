@@ -18,7 +18,9 @@ def slices_of(expected: np.ndarray, sizes: list[int], num_ranks: int) -> list[li
     for rank in range(num_ranks):
         tokens = []
         for cell in range(*touched_cells(expected, rank, num_ranks)):
-            tokens += [(cell, i) for i in range(*tokens_of_slice(expected, cell, sizes[cell], rank, num_ranks))]
+            tokens += [
+                (cell, i) for i in range(*tokens_of_slice(np.cumsum(expected), cell, sizes[cell], rank, num_ranks))
+            ]
         held.append(tokens)
     return held
 

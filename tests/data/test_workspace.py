@@ -118,3 +118,30 @@ def test_it_works_outside_the_main_thread(tmp_path):
     thread.start()
     thread.join()
     assert (tmp_path / "out" / "content").exists()
+
+
+def test_a_folder_of_somebody_else_is_refused_and_keeps_its_files(tmp_path):
+    mine = tmp_path / "out.partial" / "raw" / "cells.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with pytest.raises(DataError, match="no prepare has left there"):
+        work(tmp_path / "out", {}, [])
+    assert mine.read_text() == "mine"
+
+
+def test_a_folder_that_was_being_emptied_is_emptied_to_the_end(tmp_path):
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    with pytest.raises(KeyboardInterrupt):
+        work(out, {"a": 1}, [], KeyboardInterrupt())
+    (partial / "inputs.json").write_text(json.dumps({"being emptied": True}))
+    (partial / "link").symlink_to(tmp_path)
+    assert work(out, {"a": 1}, []) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("out", ["file/out", "taken"])
+def test_a_place_where_no_folder_can_be_is_refused(tmp_path, out):
+    (tmp_path / "file").touch()
+    (tmp_path / "taken.partial").touch()
+    with pytest.raises(DataError, match="cannot be made"):
+        work(tmp_path / out, {}, [])
