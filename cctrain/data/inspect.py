@@ -114,11 +114,11 @@ def _bytes(manifest: Manifest) -> dict[str, int]:
 
 def _describe_split(facts: Facts) -> list[str]:
     if facts.get("hold_out"):
-        return [f"split       held out are the cells with {facts['split_by']} {', '.join(facts['hold_out'])}"]
+        return [f"split       held out are the cells with {facts.get('split_by')} {', '.join(facts['hold_out'])}"]
     if facts.get("held_out") is None:
         return []
     what = "cells" if facts.get("split_by") is None else f"values of {facts['split_by']}, each with all its cells"
-    return [f"split       {facts['held_out']:.0%} of the {what}, by a hash with seed {facts['seed']}"]
+    return [f"split       {facts['held_out']:.0%} of the {what}, by a hash with seed {facts.get('seed')}"]
 
 
 def _describe_groups(facts: Facts) -> list[str]:

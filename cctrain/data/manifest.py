@@ -146,6 +146,8 @@ def _wrong_field(manifest: Manifest) -> str | None:
         "unit": manifest.get("unit") in ("cell", "group"),
         "dtypes": isinstance(dtypes, dict) and all(dtypes.get(name) in _DTYPES for name in ("genes", "counts")),
         "tokens_per_cell": isinstance(tokens, dict) and all(_is_number(tokens.get(name)) for name in _OF_TOKENS),
+        **{name: manifest.get(name) is None or _is_number(manifest[name]) for name in ("held_out", "seed")},
+        "failed": isinstance(manifest.get("failed", []), list),
         "group_by": isinstance(manifest.get("group_by"), str | None),
         "split_by": isinstance(manifest.get("split_by"), str | None),
         "hold_out": _are(manifest.get("hold_out", []), lambda value: isinstance(value, str)),

@@ -5,6 +5,7 @@ import pytest
 from cctrain.data.manifest import (
     FORMAT,
     VERSION,
+    check_fields,
     check_files,
     check_whole,
     damaged_files,
@@ -123,3 +124,21 @@ def test_hashing_advances_by_the_bytes_of_every_file(written):
 def test_it_holds_no_number_that_json_lacks(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_manifest(tmp_path, {"loss": float("nan")})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("held_out", {}),
+        ("seed", "0"),
+        ("hold_out", True),
+        ("split_by", 3),
+        ("group_by", []),
+        ("failed", None),
+        ("notes", 1),
+    ],
+)
+def test_a_field_of_another_kind_is_refused_whatever_the_digest_says(small_store, field, value):
+    check_fields(small_store.path, small_store.manifest)
+    with pytest.raises(DataError, match=f"{field} is not what cctrain writes there"):
+        check_fields(small_store.path, small_store.manifest | {field: value})
