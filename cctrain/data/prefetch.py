@@ -78,7 +78,7 @@ class _Worker:
 @contextmanager
 def _running(workers: int, work: tuple[Callable[[], Loader], Order, int, int, int]) -> Iterator[list[_Worker]]:
     """Started one after the other, killed at the end: they hold nothing that could be lost."""
-    context = multiprocessing.get_context("spawn")  # after fork, zarrs hangs where the parent has read anything
+    context = multiprocessing.get_context("spawn")  # forking where threads run may hang
     running: list[_Worker] = []
 
     def end() -> None:

@@ -2,8 +2,8 @@
 
 A task is a pure function of its arguments that leaves one file behind, under a temporary name until it is
 complete; a task whose file exists is not run again, which is all that continuing after a kill needs. Tasks of
-one list do not depend on each other. Worker processes are spawned, never forked: forking after HDF5 or a Rust
-codec has started threads hangs. With one worker, or one task, everything runs in this process.
+one list do not depend on each other. Worker processes are spawned, never forked: forking where HDF5 or
+BLAS has started threads may hang. With one worker, or one task, everything runs in this process.
 
 A worker ends with this process, however it dies, and a worker that dies is one error, not a wait for ever.
 """
