@@ -17,6 +17,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -178,20 +179,19 @@ def _work(pipe: Connection) -> None:
     """The life of a worker: tasks in, errors and progress out, until the pipe ends."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # in order, so that what libraries hold is given back
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    while True:
-        try:
+    with suppress(EOFError, ConnectionError):  # nobody listens any more: an error elsewhere has ended the work
+        while True:
             run, arguments = pipe.recv()
-        except EOFError:
-            return
-        news = _News(pipe)
-        try:
-            run(*arguments, advance=news.advance)
-            news.flush()
-            pipe.send(("done", None))
-        except (CctrainError, OSError) as error:
-            pipe.send(("error", error))
-        except Exception:
-            pipe.send(("error", RuntimeError(f"in a worker process:\n{traceback.format_exc()}")))
+            news = _News(pipe)
+            try:
+                run(*arguments, advance=news.advance)
+                news.flush()
+                pipe.send(("done", None))
+            except (CctrainError, OSError) as error:
+                pipe.send(("error", error))
+            except Exception:
+                pipe.send(("error", RuntimeError(f"in a worker process:\n{traceback.format_exc()}")))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # leaving already, which an exception would disturb
 
 
 class _News:

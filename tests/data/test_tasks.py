@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cctrain.data.tasks import Task, WorkerError, Workers
+from cctrain.data.tasks import Task, WorkerError, Workers, _work
 from cctrain.errors import DataError
 
 # In a module of its own, which worker processes can import wherever the tests are run from.
@@ -103,6 +104,20 @@ def test_a_defect_in_a_worker_shows_its_traceback(jobs, tmp_path):
     tasks = [task(jobs.blunder, tmp_path / "a"), task(jobs.write, tmp_path / "b", "")]
     with Workers(2) as pool, pytest.raises(RuntimeError, match=r"(?s)in blunder.*a defect"):
         pool.run(tasks)
+
+
+@pytest.mark.parametrize("job", ["refuse", "blunder", "write"])
+def test_a_worker_that_nobody_listens_to_any_more_leaves_in_silence(jobs, tmp_path, capfd, job):
+    ours, theirs = (context := multiprocessing.get_context("spawn")).Pipe()
+    worker = context.Process(target=_work, args=(theirs,))
+    worker.start()
+    theirs.close()
+    run = getattr(jobs, job)
+    ours.send((run, (tmp_path / "a",) if run is jobs.blunder else ("text", tmp_path / "a")))
+    ours.close()
+    worker.join()
+    assert worker.exitcode == 0
+    assert capfd.readouterr().err == ""
 
 
 def test_workers_end_with_the_process_that_started_them(jobs, tmp_path):
