@@ -104,9 +104,9 @@ def prepare(
     failed: list[dict[str, str]] = []
 
     def work() -> Any:
-        from cctrain.data.prepare import prepare
-        from cctrain.data.quality import QualityControl
-        from cctrain.data.tasks import default_workers
+        from cctrain.data.prepare.prepare import prepare
+        from cctrain.data.prepare.quality import QualityControl
+        from cctrain.data.prepare.tasks import default_workers
 
         quality = QualityControl(min_genes, min_cells, max_genes, min_counts, max_counts, max_mitochondrial)
         manifest = prepare(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from cctrain.data.store import TokenStore
+    from cctrain.data.store.store import TokenStore
 
 
 @pytest.fixture(scope="session")

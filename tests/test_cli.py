@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from cctrain.apply.predict import load_model
 from cctrain.cli import app
 from cctrain.config import load_config, to_yaml
-from cctrain.data.store import open_store
+from cctrain.data.store.store import open_store
 from cctrain.run_directory import open_run, write_vocabulary
 from cctrain.tracking.journal import Journal, read_journal
 from cctrain.training.data import resolve

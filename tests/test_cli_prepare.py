@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from cctrain.cli import app
-from cctrain.data.store import open_store
+from cctrain.data.store.store import open_store
 from tests.data.conftest import gene_ids, random_counts, write_h5ad
 
 ANY_CELL = ("--min-genes=1", "--min-cells=1")

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from cctrain.data.store import TokenStore
+from cctrain.data.store.store import TokenStore
 from cctrain.tracking.journal import history, read_journal
 from cctrain.training.checkpoint_files import find_checkpoints, latest_checkpoint
 from tests.trainer import Trainer, ended, rank_processes, wait_until

@@ -21,7 +21,7 @@ import pytest
 
 from cctrain.cli import app
 from cctrain.config import load_config
-from cctrain.data.quality import QualityControl
+from cctrain.data.prepare.quality import QualityControl
 from cctrain.model.saved import load_weights
 from cctrain.tracking.journal import history, read_journal
 from cctrain.training.checkpoint_files import find_checkpoints, latest_checkpoint, read_weights, run_weights, step_of

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from cctrain.config import Config, load_config, to_yaml
-from cctrain.data.store import TokenStore
+from cctrain.data.store.store import TokenStore
 from cctrain.errors import CctrainError, UsageError
 from cctrain.launch.local import free_port
 from cctrain.run_directory import open_run

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from cctrain.data.store import TokenStore
+from cctrain.data.store.store import TokenStore
 from cctrain.tracking.journal import history, read_journal
 from cctrain.training.checkpoint_files import latest_checkpoint, step_of
 from cctrain.training.guards import read_outcome

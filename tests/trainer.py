@@ -13,7 +13,7 @@ from typing import Self
 
 import psutil
 
-from cctrain.data.store import TokenStore
+from cctrain.data.store.store import TokenStore
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -13,10 +13,10 @@ exit code is 1 if a bound is broken:
     resuming   SIGKILL to all processes at half of the work (--kill-at), that is, of the processor time that the
                undisturbed run took, for a busy machine changes the other time. There is no store then; the same command
                says that it goes on from what is there, and needs less processor time than the undisturbed run.
-    mixing     Batches of consecutive samples of a training epoch (cctrain.data.order, with the defaults of data.block
-               and data.mixed_blocks) have a mean entropy of `cell_type` within 1 % of a random permutation's. To show
-               that the check can fail: the atlas's own order, and the order of training applied to the atlas's own
-               order, that is, block reads of what was never shuffled.
+    mixing     Batches of consecutive samples of a training epoch (cctrain.data.loading.order, with the defaults of
+               data.block and data.mixed_blocks) have a mean entropy of `cell_type` within 1 % of a random
+               permutation's. To show that the check can fail: the atlas's own order, and the order of training
+               applied to the atlas's own order, that is, block reads of what was never shuffled.
 
 Entropy is in bits, of the shares of the labels inside a batch, averaged over the whole batches of an epoch. The first
 store stays in DIR/undisturbed until the next check there, those that equal it are removed. The logs of `prepare` stay.
@@ -49,8 +49,8 @@ import psutil
 
 from cctrain.code_version import code_commit
 from cctrain.config import DataConfig
-from cctrain.data.order import Order
-from cctrain.data.store import TokenStore, open_store
+from cctrain.data.loading.order import Order
+from cctrain.data.store.store import TokenStore, open_store
 from cctrain.errors import CctrainError, DataError
 
 GIB = 2**30

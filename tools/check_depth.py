@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from cctrain.apply.predict import load_model
 from cctrain.code_version import code_commit
 from cctrain.config import load_config
-from cctrain.data.loader import Loader, Share
-from cctrain.data.store import open_store
+from cctrain.data.loading.loader import Loader, Share
+from cctrain.data.store.store import open_store
 from cctrain.model.layer import MLP, Read, Write
 from cctrain.run_directory import open_run
 from cctrain.tracking.journal import history, read_journal

@@ -33,13 +33,13 @@ import zarr
 from torch import Tensor
 
 from cctrain.config import DataConfig, ObjectiveConfig
-from cctrain.data.contexts import ContextRule, target_probability
-from cctrain.data.loader import Loader, Share
-from cctrain.data.order import Order
-from cctrain.data.prepare import prepare
-from cctrain.data.quality import QualityControl
-from cctrain.data.repack import repack
-from cctrain.data.store import TokenStore, open_store
+from cctrain.data.loading.contexts import ContextRule, target_probability
+from cctrain.data.loading.loader import Loader, Share
+from cctrain.data.loading.order import Order
+from cctrain.data.prepare.prepare import prepare
+from cctrain.data.prepare.quality import QualityControl
+from cctrain.data.store.store import TokenStore, open_store
+from tools.repack import repack
 
 CELLS_FETCHED = 16_384  # at once, by the loaders that have such a buffer
 CELLS_PER_TAR, CELLS_PER_BLOCK = 5_000, 64

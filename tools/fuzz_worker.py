@@ -106,7 +106,7 @@ def _serve(connection: Connection, folder: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the fuzzer, which ends this process
     os.chdir(folder)
     import cctrain.apply.inspect
-    import cctrain.data.prepare  # noqa: F401
+    import cctrain.data.prepare.prepare  # noqa: F401
 
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + BYTES, mapped + BYTES))
@@ -170,8 +170,8 @@ def read_as_training(path: Path) -> str:
     Every cell is made into a context, as training makes it.
     """
     from cctrain.config import ObjectiveConfig
-    from cctrain.data.contexts import ContextRule, build_context, target_probability
-    from cctrain.data.store import open_store
+    from cctrain.data.loading.contexts import ContextRule, build_context, target_probability
+    from cctrain.data.store.store import open_store
 
     store = open_store(path)
     genes, groups = store.genes, store.groups

@@ -26,8 +26,8 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from cctrain.apply.predict import embed_contexts, load_model
 from cctrain.code_version import code_commit
-from cctrain.data.contexts import Context, build_context, nothing_hidden
-from cctrain.data.store import TokenStore, open_store
+from cctrain.data.loading.contexts import Context, build_context, nothing_hidden
+from cctrain.data.store.store import TokenStore, open_store
 from cctrain.run_directory import TrainedRun, open_run
 
 NEIGHBOURS = 15

@@ -49,10 +49,10 @@ import torch.distributed as dist
 from cctrain.code_version import code_commit
 from cctrain.config import Config, check_config
 from cctrain.cost.closed_form import num_parameters, step_cost
-from cctrain.data.batches import pack
-from cctrain.data.contexts import Context, ContextRule, join, part_of
-from cctrain.data.loader import Loader, RankStep, Share
-from cctrain.data.store import TokenStore, open_store
+from cctrain.data.loading.batches import pack
+from cctrain.data.loading.contexts import Context, ContextRule, join, part_of
+from cctrain.data.loading.loader import Loader, RankStep, Share
+from cctrain.data.store.store import TokenStore, open_store
 from cctrain.errors import CctrainError, DataError, TrainingError
 from cctrain.launch.local import free_port, rank_environment
 from cctrain.model.tiles import TILE_TOKENS

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.progress import track
 
 from cctrain.apply.predict import embed_contexts, load_model
-from cctrain.data.contexts import Context, ContextRule, build_context, nothing_hidden
-from cctrain.data.sources import CellBlock, Source, open_source
+from cctrain.data.loading.contexts import Context, ContextRule, build_context, nothing_hidden
+from cctrain.data.sources.source import CellBlock, Source, open_source
 from cctrain.errors import DataError
 from cctrain.parallel.mesh import find_device_kind
 from cctrain.run_directory import open_run

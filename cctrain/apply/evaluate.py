@@ -24,11 +24,11 @@ from cctrain.apply.baselines import fit_neighbours, gene_mean, poisson_gene_mean
 from cctrain.apply.predict import load_model, predict_targets
 from cctrain.apply.targets import Prediction, TargetSet, TrainingCells, permuted_across_cells
 from cctrain.config import Config
-from cctrain.data.contexts import Context, by_cell, hide_visible, target_probability
 from cctrain.data.hashing import hash64
-from cctrain.data.loader import Loader, Share
-from cctrain.data.samples import Samples
-from cctrain.data.store import TokenStore, open_store
+from cctrain.data.loading.contexts import Context, by_cell, hide_visible, target_probability
+from cctrain.data.loading.loader import Loader, Share
+from cctrain.data.loading.samples import Samples
+from cctrain.data.store.store import TokenStore, open_store
 from cctrain.errors import DataError
 from cctrain.parallel.mesh import find_device_kind
 from cctrain.run_directory import open_run, write_atomically

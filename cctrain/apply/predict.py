@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from cctrain.apply.targets import Prediction
-from cctrain.data.batches import packs
-from cctrain.data.contexts import Context
+from cctrain.data.loading.batches import packs
+from cctrain.data.loading.contexts import Context
 from cctrain.model.saved import model_with_weights
 from cctrain.model.transformer import Inputs, Transformer
 from cctrain.run_directory import TrainedRun

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from cctrain.data.manifest import Manifest
-from cctrain.data.quality import format_table
-from cctrain.data.store import TokenStore, open_store, verify_store
-from cctrain.data.store_layout import LARGEST_STORED_COUNT, SHARDS
+from cctrain.data.prepare.quality import format_table
+from cctrain.data.store.layout import LARGEST_STORED_COUNT, SHARDS
+from cctrain.data.store.manifest import Manifest
+from cctrain.data.store.store import TokenStore, open_store, verify_store
 from cctrain.errors import DataError
 
 Facts = dict[str, Any]

@@ -17,7 +17,7 @@ from typing import Any
 
 from cctrain.code_version import code_commit, code_difference, code_digest
 from cctrain.config import Config, load_config, to_yaml
-from cctrain.data.store import TokenStore, open_store
+from cctrain.data.store.store import TokenStore, open_store
 from cctrain.errors import UsageError
 from cctrain.launch.passwords import check_no_secrets, without_secrets
 from cctrain.launch.profile import Profile, load_profile

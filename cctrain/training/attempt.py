@@ -15,10 +15,10 @@ import torch
 from cctrain import __version__
 from cctrain.code_version import code_commit
 from cctrain.config import Config, to_yaml
-from cctrain.data.batches import Batch
-from cctrain.data.loader import Loader
-from cctrain.data.order import Order
-from cctrain.data.store import TokenStore
+from cctrain.data.loading.batches import Batch
+from cctrain.data.loading.loader import Loader
+from cctrain.data.loading.order import Order
+from cctrain.data.store.store import TokenStore
 from cctrain.errors import CctrainError, TrainingError
 from cctrain.model.saved import save_weights
 from cctrain.parallel.mesh import Mesh, first_rank_says

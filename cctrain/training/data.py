@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from cctrain.config import Config
-from cctrain.data.batches import Batch
-from cctrain.data.contexts import ContextRule, target_probability
 from cctrain.data.hashing import hash64
-from cctrain.data.loader import Loader, Share
-from cctrain.data.order import Order
-from cctrain.data.store import TokenStore
-from cctrain.data.weights import sample_weights
+from cctrain.data.loading.batches import Batch
+from cctrain.data.loading.contexts import ContextRule, target_probability
+from cctrain.data.loading.loader import Loader, Share
+from cctrain.data.loading.order import Order
+from cctrain.data.loading.weights import sample_weights
+from cctrain.data.store.store import TokenStore
 from cctrain.errors import UsageError
 from cctrain.parallel.mesh import Mesh
 

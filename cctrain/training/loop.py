@@ -23,10 +23,10 @@ import torch
 
 from cctrain.config import Config
 from cctrain.cost.closed_form import step_cost
-from cctrain.data.batches import Batch
-from cctrain.data.loader import Loader, RankStep
-from cctrain.data.order import Order
-from cctrain.data.prefetch import prefetched
+from cctrain.data.loading.batches import Batch
+from cctrain.data.loading.loader import Loader, RankStep
+from cctrain.data.loading.order import Order
+from cctrain.data.loading.prefetch import prefetched
 from cctrain.errors import DataError, TrainingError
 from cctrain.model.transformer import Inputs, Transformer
 from cctrain.parallel.mesh import Mesh, gather_rows, sum_over_context, sum_over_ranks

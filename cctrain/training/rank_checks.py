@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cctrain.data.loader import RankStep
+from cctrain.data.loading.loader import RankStep
 from cctrain.errors import TrainingError
 from cctrain.parallel.mesh import Mesh, gather_rows
 

@@ -14,8 +14,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from cctrain.config import Config
 from cctrain.cost.closed_form import num_parameters, step_cost
-from cctrain.data.loader import Loader
-from cctrain.data.store import TokenStore
+from cctrain.data.loading.loader import Loader
+from cctrain.data.store.store import TokenStore
 from cctrain.parallel.mesh import Mesh
 from cctrain.training.engine import DTYPES
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from cctrain.config import Config
-from cctrain.data.loader import Loader
-from cctrain.data.store import TokenStore, open_store
+from cctrain.data.loading.loader import Loader
+from cctrain.data.store.store import TokenStore, open_store
 from cctrain.errors import DataError, TrainingError, UsageError
 from cctrain.model.transformer import Transformer, initialize
 from cctrain.parallel.exchange import context_exchange

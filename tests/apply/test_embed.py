@@ -8,7 +8,7 @@ import torch
 
 from cctrain.apply.embed import embed
 from cctrain.config import Config, load_config, to_yaml
-from cctrain.data.store import TokenStore
+from cctrain.data.store.store import TokenStore
 from cctrain.errors import DataError
 from cctrain.model.saved import save_weights
 from cctrain.model.transformer import Transformer

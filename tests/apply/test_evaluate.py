@@ -15,7 +15,7 @@ from cctrain.apply import evaluate as evaluate_module
 from cctrain.apply.evaluate import GENE_MEAN, HIDDEN, MODEL, NEIGHBOURS, compare, evaluate, held_out_targets, table
 from cctrain.apply.targets import TargetSet
 from cctrain.config import load_config
-from cctrain.data.store import TokenStore
+from cctrain.data.store.store import TokenStore
 from tests.data.conftest import prepared, write_h5ad
 
 NUM_CELLS, NUM_GENES = 300, 60

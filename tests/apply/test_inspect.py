@@ -9,7 +9,7 @@ import torch
 
 from cctrain.apply.inspect import inspect
 from cctrain.config import load_config, to_yaml
-from cctrain.data.store import TokenStore
+from cctrain.data.store.store import TokenStore
 from cctrain.errors import CheckpointError, DataError, UsageError
 from cctrain.run_directory import CHECKPOINTS, CONFIG, LATEST, WEIGHTS
 from cctrain.tracking.journal import Journal

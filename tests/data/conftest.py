@@ -12,10 +12,10 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from cctrain.data.prepare import prepare
-from cctrain.data.quality import QualityControl
-from cctrain.data.sources import open_source
-from cctrain.data.store import TokenStore, open_store
+from cctrain.data.prepare.prepare import prepare
+from cctrain.data.prepare.quality import QualityControl
+from cctrain.data.sources.source import open_source
+from cctrain.data.store.store import TokenStore, open_store
 from cctrain.errors import DataError
 
 ANY_CELL = QualityControl(min_genes=1, min_cells=1)

@@ -7,11 +7,11 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from cctrain.data import store_writer
-from cctrain.data.content_digest import ContentDigest, vocabulary_digest
-from cctrain.data.manifest import FORMAT, VERSION, file_entries, write_manifest
-from cctrain.data.store import TokenStore, open_store
-from cctrain.data.store_layout import Groups, Layout
+from cctrain.data.store import writer
+from cctrain.data.store.content_digest import ContentDigest, vocabulary_digest
+from cctrain.data.store.layout import Groups, Layout
+from cctrain.data.store.manifest import FORMAT, VERSION, file_entries, write_manifest
+from cctrain.data.store.store import TokenStore, open_store
 from tests.data.conftest import gene_ids, random_counts
 
 CONTAINERS = ["zarr", "webdataset"]
@@ -32,12 +32,12 @@ def tokens_of(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_shards(root: Path, counts: np.ndarray, layout: Layout, order: list[int] | None = None) -> None:
-    edges = store_writer.create(root, layout)
+    edges = writer.create(root, layout)
     genes, values = tokens_of(counts)
     for shard in range(len(edges) - 1) if order is None else order:
         tokens = slice(edges[shard], edges[shard + 1])
-        store_writer.write_shard(root, layout, shard, genes[tokens], values[tokens])
-    store_writer.close(root, layout)
+        writer.write_shard(root, layout, shard, genes[tokens], values[tokens])
+    writer.close(root, layout)
 
 
 def write_tables(root: Path, counts: np.ndarray, groups: Groups | None = None) -> None:
@@ -48,7 +48,7 @@ def write_tables(root: Path, counts: np.ndarray, groups: Groups | None = None) -
     cells = pd.Index([f"cell{i}" for i in range(num_cells)], name="cell_id")
     obs = pd.DataFrame({"source": np.zeros(num_cells, np.uint8)}, index=cells)
     loadings = np.ones((num_genes, 2), dtype=np.float32)
-    store_writer.write_tables(root, var, np.ones((1, num_genes), dtype=bool), loadings, obs, groups)
+    writer.write_tables(root, var, np.ones((1, num_genes), dtype=bool), loadings, obs, groups)
 
 
 def write_store(
@@ -74,7 +74,7 @@ def write_store(
         "num_train": num_train,
         "num_genes": num_genes,
         "num_tokens": layout.num_tokens,
-        "num_shards": len(store_writer.shard_edges(layout)) - 1,
+        "num_shards": len(writer.shard_edges(layout)) - 1,
         "num_cells_without_tokens": int((num_tokens == 0).sum()),
         "num_clipped_counts": 0,
         "dtypes": {"genes": layout.genes_dtype.name, "counts": layout.counts_dtype.name},

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from cctrain.data.inspect import describe, inspect_store
-from cctrain.data.store_layout import Groups
+from cctrain.data.store.layout import Groups
 from cctrain.errors import DataError
 from tests.data.conftest import random_counts
 from tests.data.stores import CONTAINERS, flip_a_bit, many_shards, write_store

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from cctrain.data.quality import QualityControl
+from cctrain.data.prepare.quality import QualityControl
 from cctrain.tracking.journal import history, read_journal
 from tests.data.conftest import prepared, write_h5ad
 from tests.training.conftest import TINY, unequal_counts

@@ -9,7 +9,7 @@ import pytest
 
 from cctrain.cli import app
 from cctrain.config import load_config, to_yaml
-from cctrain.data.store import TokenStore
+from cctrain.data.store.store import TokenStore
 from cctrain.errors import DataError, UsageError
 from cctrain.launch.jobs import cancel_jobs, describe_jobs, show_jobs, tail_logs
 from cctrain.launch.script import Request

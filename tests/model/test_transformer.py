@@ -11,7 +11,7 @@ from cctrain.apply.metrics import nll_per_cell
 from cctrain.apply.predict import predict_targets
 from cctrain.apply.targets import TargetSet
 from cctrain.config import MemoryConfig
-from cctrain.data.contexts import ContextRule, build_context
+from cctrain.data.loading.contexts import ContextRule, build_context
 from cctrain.model.activations import Activations
 from cctrain.model.tiles import cut_into_tiles
 from cctrain.model.transformer import Inputs, Transformer, initialize

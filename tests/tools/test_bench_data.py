@@ -12,7 +12,7 @@ import anndata
 import numpy as np
 import pytest
 
-from cctrain.data.store import open_store
+from cctrain.data.store.store import open_store
 from tools.bench_data import measure, summary, table, take_turn, targets
 from tools.data_loaders import (
     ANN_LOADER,

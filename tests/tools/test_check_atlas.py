@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cctrain.data.store import TokenStore
+from cctrain.data.store.store import TokenStore
 from tests.data.conftest import prepared
 from tools.check_atlas import (
     CONTINUED,

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from cctrain.config import Config
-from cctrain.data.batches import pack
-from cctrain.data.contexts import ContextRule
-from cctrain.data.loader import Loader, Share
-from cctrain.data.store import TokenStore
+from cctrain.data.loading.batches import pack
+from cctrain.data.loading.contexts import ContextRule
+from cctrain.data.loading.loader import Loader, Share
+from cctrain.data.store.store import TokenStore
 from cctrain.errors import DataError
 from cctrain.training.checkpoint_files import FORMAT, write_manifest
 from cctrain.training.data import context_rule

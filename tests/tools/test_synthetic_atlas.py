@@ -9,7 +9,7 @@ import anndata
 import numpy as np
 import pytest
 
-from cctrain.data.sources import open_source
+from cctrain.data.sources.source import open_source
 from tools.synthetic_atlas import NUM_MITOCHONDRIAL, Shape, cell_types, type_sizes, write_atlas
 
 SHAPE = Shape(cells=3_000, expressed=120, genes=1_500, types=12)

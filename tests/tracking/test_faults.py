@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from cctrain.data.store import TokenStore
+from cctrain.data.store.store import TokenStore
 from cctrain.errors import UsageError
 from cctrain.launch.local import free_port
 from cctrain.tracking.journal import Journal, read_journal

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cctrain.data.quality import QualityControl
-from cctrain.data.store import TokenStore
+from cctrain.data.prepare.quality import QualityControl
+from cctrain.data.store.store import TokenStore
 from cctrain.launch.local import free_port, rank_environment
 from tests.data.conftest import prepared, write_h5ad
 

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from cctrain.config import Config, load_config
-from cctrain.data.batches import Batch
-from cctrain.data.loader import Loader, Share
-from cctrain.data.store import TokenStore
+from cctrain.data.loading.batches import Batch
+from cctrain.data.loading.loader import Loader, Share
+from cctrain.data.store.store import TokenStore
 from cctrain.training.data import held_out_batches, resolve, training_order, training_rule
 from cctrain.training.engine import _optimizer, set_learning_rate
 from cctrain.training.loop import samples_digest, to_inputs

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 from cctrain.config import Config, load_config
-from cctrain.data import loader as loader_module
-from cctrain.data.loader import Loader, RankStep
-from cctrain.data.order import Order
-from cctrain.data.store import TokenStore, open_store
+from cctrain.data.loading import loader as loader_module
+from cctrain.data.loading.loader import Loader, RankStep
+from cctrain.data.loading.order import Order
+from cctrain.data.store.store import TokenStore, open_store
 from cctrain.errors import TrainingError
 from cctrain.parallel.exchange import context_exchange
 from cctrain.parallel.mesh import Mesh, arrange, join_mesh, sum_over_ranks

@@ -14,7 +14,7 @@ import yaml
 
 from cctrain.cli import app
 from cctrain.config import load_config, to_yaml
-from cctrain.data.store import TokenStore, open_store
+from cctrain.data.store.store import TokenStore, open_store
 from cctrain.errors import CctrainError
 from cctrain.parallel.mesh import Mesh, join_mesh
 from cctrain.run_directory import write_vocabulary

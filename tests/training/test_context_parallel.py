@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cctrain.data.store import TokenStore
+from cctrain.data.store.store import TokenStore
 from tests.training.conftest import Case, Result, errors_of, run_cases
 from tests.training.plain import STAGES, Reference, assert_same_gradient, assert_same_training, zero
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from cctrain.config import load_config
-from cctrain.data.loader import Loader, Share
-from cctrain.data.store import TokenStore
+from cctrain.data.loading.loader import Loader, Share
+from cctrain.data.store.store import TokenStore
 from cctrain.training.data import held_out_batches, resolve, training_rule
 from tests.data.conftest import prepared, write_h5ad
 from tests.training.conftest import Case, Result, run_cases, unequal_counts

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cctrain.data.store import TokenStore
+from cctrain.data.store.store import TokenStore
 from cctrain.training.train import build_model
 from tests.training.conftest import Case, Result, run_cases
 from tests.training.plain import (

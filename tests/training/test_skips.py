@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cctrain.data.store import TokenStore
+from cctrain.data.store.store import TokenStore
 from tests.training.conftest import Case, Result, run_cases
 from tests.training.plain import SHARD_ALL, STAGES
 

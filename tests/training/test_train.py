@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from cctrain.config import Config, load_config
-from cctrain.data.loader import Loader, Share
-from cctrain.data.store import TokenStore
+from cctrain.data.loading.loader import Loader, Share
+from cctrain.data.store.store import TokenStore
 from cctrain.errors import UsageError
 from cctrain.tracking.journal import read_journal
 from cctrain.training.checkpoint_files import latest_checkpoint, read_manifest

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cctrain.data.store import TokenStore
+from cctrain.data.store.store import TokenStore
 from cctrain.tracking.journal import read_journal
 from tests.data.conftest import prepared, write_h5ad
 from tests.trainer import Trainer
