@@ -150,7 +150,9 @@ class TrainingConfig:
         "Steps in a row that may be skipped because the loss or the gradient is not finite; one more ends the run.", 10
     )
     hang_seconds: float = free(
-        "Seconds without progress after which a rank counts as hung: it writes its stacks to its log and ends.", 900.0
+        "Seconds without progress, not even of a layer, after which a rank counts as hung: it writes its stacks to its "
+        "log and ends.",
+        900.0,
     )
 
 

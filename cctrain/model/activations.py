@@ -26,17 +26,26 @@ class Activations:
     """How the stages of one forward are run; each forward makes its own.
 
     What is kept lies on the `device`, in `host` memory, or on `disk`: in files in `folder`, by default the system's for
-    temporary files.
+    temporary files. `progress` is called at every stage, also where it is computed again in backward.
     """
 
-    def __init__(self, checkpointing: bool = False, offload: str = "device", folder: str | None = None):
+    def __init__(
+        self,
+        checkpointing: bool = False,
+        offload: str = "device",
+        folder: str | None = None,
+        progress: Callable[[], object] | None = None,
+    ):
         self.checkpointing = checkpointing
+        self.progress = progress
         self.store: ActivationStore | None = None
         if checkpointing and offload != "device":
             self.store = ActivationStore(in_memory if offload == "host" else lambda tensor: in_file(tensor, folder))
 
     def run(self, stage: Callable[..., Any], *inputs: Any) -> Any:
         """stage(*inputs), all of it kept or its inputs alone."""
+        if self.progress is not None:
+            stage = _after(self.progress, stage)
         if not (self.checkpointing and torch.is_grad_enabled()):
             return stage(*inputs)
         if self.store is None:
@@ -61,6 +70,14 @@ class Activations:
         yield
         if self.store is not None:
             self.store.parked.clear()
+
+
+def _after(call: Callable[[], object], stage: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*inputs: Any) -> Any:
+        call()
+        return stage(*inputs)
+
+    return run
 
 
 class Room:

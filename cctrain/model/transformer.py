@@ -56,7 +56,8 @@ class Transformer(nn.Module):
 
     `memory` changes nothing about the result. `capacity` is the most tokens that any pack will hold: packs are cut
     into as many tiles as it needs, so that all ranks make the same calls. With an `exchange`, the packs of several
-    models are slices of the same contexts, and their latents read all of them.
+    models are slices of the same contexts, and their latents read all of them. `progress`, which may be set at any
+    time, is called many times in forward and backward: a step on a context of millions of tokens takes long.
     """
 
     log_share: Tensor
@@ -78,6 +79,7 @@ class Transformer(nn.Module):
         self.memory = memory or MemoryConfig()
         self.capacity = capacity
         self.exchange = exchange
+        self.progress: Callable[[], object] | None = None
         self.register_buffer("log_share", share.double().log().float())
         self.register_buffer("log_theta", theta.double().log().float())
         self.embedding = TokenEmbedding(num_genes, width, config.cell_encoding or 0)
@@ -133,7 +135,7 @@ class Transformer(nn.Module):
         return cut_into_tiles(inputs.offsets, -(-max(inputs.offsets[-1], self.capacity, 1) // tile_tokens))
 
     def _activations(self) -> Activations:
-        return Activations(self.memory.checkpointing, self.memory.offload, self.memory.offload_dir)
+        return Activations(self.memory.checkpointing, self.memory.offload, self.memory.offload_dir, self.progress)
 
     def _encode(self, inputs: Inputs, cuts: list[Cut], activations: Activations) -> tuple[list[Tensor], Tensor | None]:
         tiles = self._embed_tokens(inputs, cuts, activations)

@@ -184,6 +184,7 @@ class Watchdog:
         self.last_words: Callable[[str], None] | None = None
         self.is_ending = False  # from then on what the main thread meets, such as a lost connection, is a consequence
         self._rank = rank
+        self._last = (time.monotonic(), "the start")
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -200,9 +201,10 @@ class Watchdog:
         for output in self._outputs[1:]:
             os.close(output)
 
-    def beat(self, what: str) -> None:
-        """There is progress: `what` has just been reached ("step 12", "batch 3 of the evaluation")."""
-        self._last = (time.monotonic(), what)
+    def beat(self, what: str | None = None) -> None:
+        """There is progress: `what` has just been reached ("step 12", "batch 3 of the evaluation"), or a part of what
+        comes next."""
+        self._last = (time.monotonic(), what or self._last[1])
 
     def _watch(self) -> None:
         tick = min(1.0, self._seconds / 4)

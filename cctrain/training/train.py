@@ -92,6 +92,7 @@ def run_attempt(config: Config, accept_changes: bool, mesh: Mesh, requests: Stop
         clear_outcome(run_dir)
 
     model = build_model(config, store, mesh)
+    model.progress = watchdog.beat  # a hung collective is between two stages; a step may take longer than patience
     facts = {"changes": [str(change) for change in changes]} if changes else {}
     if config.model.init_from is not None and latest_checkpoint(run_dir) is None:
         facts |= start_from(model, store.genes.ids.tolist(), Path(config.model.init_from))

@@ -32,6 +32,18 @@ def test_checkpoints_elsewhere_change_no_bit(attention, tile_tokens, device, tmp
         assert all(torch.equal(gradient, wanted) for gradient in found)
 
 
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_there_is_progress_in_every_layer_of_forward_and_of_backward(attention):
+    model = random_model(small_config(attention), memory=MemoryConfig(checkpointing=True))
+    stages: list[None] = []
+    model.progress = lambda: stages.append(None)
+    loss = torch.cat(model(random_inputs([12, 30]))).sin().sum()
+    forward = len(stages)
+    loss.backward()
+    assert forward >= len(model.layers)
+    assert len(stages) - forward >= len(model.layers)
+
+
 def test_what_a_stage_begins_with_leaves_the_device_until_backward():
     linear, kept = nn.Linear(16, 16), Activations(checkpointing=True, offload="host")
     begin = torch.randn(9, 16, requires_grad=True) * 2

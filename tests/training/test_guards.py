@@ -246,6 +246,9 @@ with Watchdog(0.5, [log], rank=3) as watchdog:
     for step in range(1, 4):
         time.sleep(0.3)
         watchdog.beat(f"step {step}")
+    for part in range(3):
+        time.sleep(0.3)
+        watchdog.beat()
     ready()
     a_collective_that_never_ends()
 """
