@@ -1,0 +1,214 @@
+"""All nuclei of `retina` as one context, nothing left out: one training step, as a user would take it.
+
+    python tools/whole_retina.py [--ranks 2] [--cells N] [--work data] [--out FILE]
+
+The nuclei of the one donor are prepared as one group and trained on with `cctrain train configs/tissue.yaml`: 12
+layers of width 256, 128 latents, in fp32, shared by two context ranks on CPUs. memory.checkpointing keeps one vector
+a token and layer, 4 bytes · n · d · (depth + 1), more than a small machine has memory; memory.offload=disk keeps them
+in temporary files in DIR/tissue, as many bytes.
+
+Measured are the time of the step, for every process its highest resident memory without the pages of those files,
+which are the kernel's to keep (RssAnon of /proc, twice a second), and the largest sum of the files. The exit code is 1
+unless the context held every token of every nucleus that was kept, and loss and gradient are finite.
+
+A step is 2.6e14 FLOPs, half an hour at 200 GFLOP/s. With --cells, a few nuclei are drawn, and the model is small.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import psutil
+
+from cctrain.code_version import code_commit
+from cctrain.config import Config, load_config
+from cctrain.data.loading.loader import Loader, Share
+from cctrain.data.store.store import TokenStore, open_store
+from cctrain.tracking.journal import history, read_journal
+from cctrain.training.data import training_rule
+
+CONFIG = "configs/tissue.yaml"
+GROUP = "donor_id"
+SHAPE = {"depth": 12, "width": 256, "heads": 4, "latents": 128}
+SMALL_SHAPE = {"depth": 2, "width": 32, "heads": 4, "latents": 8}
+SECONDS_BETWEEN_SAMPLES, SECONDS_BETWEEN_LINES = 0.5, 30.0
+GIB = 2**30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2, help="that share the context (default: %(default)s)")
+    parser.add_argument("--cells", type=int, help="only so many of the nuclei, and a small model")
+    parser.add_argument("--work", type=Path, default=Path("data"), help="folder of all files (default: data)")
+    parser.add_argument("--out", type=Path, help="a JSON file for the result")
+    arguments = parser.parse_args()
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    store = whole_store(arguments.work, arguments.cells)
+    with tempfile.TemporaryDirectory(dir=arguments.work, prefix="tissue-") as folder:
+        result = one_step(store, arguments, Path(folder))
+    print(summary(result))
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    raise SystemExit(1 if result["failures"] else 0)
+
+
+def whole_store(work: Path, num_cells: int | None) -> TokenStore:
+    """The nuclei as one group; made if it is missing."""
+    source = work / "retina" / "retina.h5ad"
+    store = work / ("retina-whole" if num_cells is None else f"retina-whole-{num_cells}")
+    if not source.is_file():
+        run(["fetch", "retina", "--out", source.parent])
+    if not (store / "manifest.json").is_file():
+        if num_cells is not None:
+            source = work / f"retina-{num_cells}.h5ad"
+            anndata.read_h5ad(work / "retina" / "retina.h5ad")[:num_cells].write_h5ad(source)
+        run(["prepare", source, "--out", store, "--group-by", GROUP, "--held-out", "0"])
+    return open_store(store)
+
+
+def run(command: list[Any]) -> None:
+    subprocess.run([sys.executable, "-m", "cctrain", *map(str, command)], check=True)
+
+
+def one_step(store: TokenStore, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    files = folder / "activations"
+    files.mkdir()
+    shape = SHAPE if arguments.cells is None else SMALL_SHAPE
+    overrides = {
+        "data.store": store.path,
+        "data.window": "null",
+        "data.global_batch": 1,
+        "data.max_tokens": int(store.num_tokens.max()),  # no nucleus is cut
+        **{f"model.{key}": value for key, value in shape.items()},
+        "training.steps": 1,
+        "training.precision": "fp32",
+        "evaluation.every": 0,
+        "checkpoint.every": 0,
+        "parallel.context": arguments.ranks,
+        "memory.offload": "disk",
+        "memory.offload_dir": files,
+        "run.dir": folder / "run",
+        "tracking.uri": folder / "mlflow",
+    }
+    words = [f"{key}={value}" for key, value in overrides.items()]
+    command = [sys.executable, "-m", "cctrain", "train", CONFIG, *words, "--ranks", str(arguments.ranks)]
+    threads = max(1, len(os.sched_getaffinity(0)) // arguments.ranks)
+    process = psutil.Popen(command, env={**os.environ, "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""})
+    peaks, most_files = watch(process, files)
+    if process.returncode != 0:
+        raise SystemExit(f"cctrain train ended with exit code {process.returncode}")
+    [step] = [line for line in history(read_journal(folder / "run")) if line["event"] == "step"]
+    expressed, tokens, targets = whole_context(store, load_config(folder / "run" / "config.yaml"))
+    failures = [
+        f"{key} is {step[key]:,}, not {wanted:,}"
+        for key, wanted in (("tokens", tokens), ("targets", targets), ("contexts", 1))
+        if step[key] != wanted
+    ]
+    if expressed != int(store.num_tokens.sum()):
+        failures.append(f"{expressed:,} of {int(store.num_tokens.sum()):,} expressed genes are in the context")
+    failures += [f"{key} is {step[key]}" for key in ("loss", "grad_norm") if not math.isfinite(step[key] or math.nan)]
+    return {
+        "question": "does a step fit on all nuclei of retina as one context, and with which memory option?",
+        "memory_option": "memory.checkpointing=true memory.offload=disk",
+        "cells": store.num_cells,
+        "expressed": expressed,
+        "tokens": tokens,
+        "targets": targets,
+        "model": shape,
+        "ranks": arguments.ranks,
+        "threads_each": threads,
+        "loss": step["loss"],
+        "grad_norm": step["grad_norm"],
+        "step_seconds": step["step_seconds"],
+        "data_seconds": step["data_seconds"],
+        "peak_bytes_of_each_process": sorted(peaks.values(), reverse=True),
+        "peak_bytes_of_files": most_files,
+        "failures": failures,
+        "store": store.digest,
+        "machine": {
+            "cores": os.cpu_count(),
+            "processor": platform.machine(),
+            "bytes": psutil.virtual_memory().total,
+            "torch": version("torch"),
+            "deepspeed": version("deepspeed"),
+        },
+        "commit": code_commit(),
+    }
+
+
+def watch(process: psutil.Popen, files: Path) -> tuple[dict[int, int], int]:
+    """The highest RssAnon of every process in bytes, and the largest sum of the files, until it has ended."""
+    started = told = time.monotonic()
+    peaks: dict[int, int] = {}
+    most = 0
+    try:
+        while process.poll() is None:
+            held = {child.pid: anonymous_bytes(child.pid) for child in [process, *process.children(recursive=True)]}
+            peaks = {pid: max(peaks.get(pid, 0), held.get(pid, 0)) for pid in peaks | held}
+            on_disk = sum(mapped_bytes(pid, files) for pid in held)
+            most = max(most, on_disk)
+            if time.monotonic() - told > SECONDS_BETWEEN_LINES:
+                told = time.monotonic()
+                sizes = f"{sum(held.values()) / GIB:.2f} GiB in memory, {on_disk / GIB:.2f} GiB in files"
+                print(f"{told - started:,.0f} s: {sizes}", file=sys.stderr, flush=True)
+            time.sleep(SECONDS_BETWEEN_SAMPLES)
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+    return peaks, most
+
+
+def anonymous_bytes(pid: int) -> int:
+    """Resident memory that no file can take back; 0 for a process that has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def mapped_bytes(pid: int, folder: Path) -> int:
+    """Bytes of the files below `folder` that a process maps; they have lost their names already."""
+    try:
+        maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    except OSError:
+        return 0
+    ranges = [line.split()[0].split("-") for line in maps if f" {folder.resolve()}/" in line]
+    return sum(int(end, 16) - int(start, 16) for start, end in ranges)
+
+
+def whole_context(store: TokenStore, config: Config) -> tuple[int, int, int]:
+    """How many expressed genes, tokens and targets the one context has, built here by a single rank."""
+    loader = Loader(store, training_rule(config, store), Share(), 0)
+    [context] = loader.contexts(np.array([0]), np.array([0]))
+    hidden = np.count_nonzero(context.target_counts)
+    return int(np.count_nonzero(context.counts) + hidden), len(context.genes), len(context.targets)
+
+
+def summary(result: dict[str, Any]) -> str:
+    in_memory = ", ".join(f"{size / GIB:.2f}" for size in result["peak_bytes_of_each_process"][: result["ranks"]])
+    lines = [
+        f"one context of {result['tokens']:,} tokens: all {result['expressed']:,} expressed genes of "
+        f"{result['cells']:,} nuclei, {result['targets']:,} targets; {result['memory_option']}",
+        f"one step on {result['ranks']} context ranks: {result['step_seconds']:,.0f} s, {in_memory} GiB of memory in "
+        f"the ranks, {result['peak_bytes_of_files'] / GIB:.1f} GiB in files; loss {result['loss']:.4f}, "
+        f"gradient norm {result['grad_norm']:.4f}",
+    ]
+    return "\n".join([*lines, *(f"FAILED: {failure}" for failure in result["failures"])])
+
+
+if __name__ == "__main__":
+    main()
