@@ -321,6 +321,20 @@ def test_another_store_than_the_digest_names_is_refused(fail, train_arguments):
     assert "another store" in message
 
 
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [
+        ("memory.offload_dir={tmp_path}/nowhere", "nowhere is not a folder that can be written to"),
+        ("data.micro_batch_tokens=1000000000000", "memory.offload=disk needs up to"),
+    ],
+)
+def test_activations_that_will_find_no_room_on_disk_are_refused_before_a_step(
+    fail, train_arguments, tmp_path, change, shown
+):
+    offloaded = ("memory.checkpointing=true", "memory.offload=disk", f"memory.offload_dir={tmp_path}")
+    assert shown in fail(2, *train_arguments, *offloaded, change.format(tmp_path=tmp_path))
+
+
 def begun_run(folder: Path, arguments: tuple[str, ...]) -> Path:
     """What a training leaves behind that was killed at its first step."""
     _, config, *overrides = arguments

@@ -10,19 +10,12 @@ import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import psutil
-
 from cctrain.errors import UsageError
+from cctrain.file_system import on_network_file_system
 
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 SERVERS = ("http", "https")
 
-# fmt: off
-_NETWORK_FILE_SYSTEMS = frozenset([
-    "nfs", "nfs4", "lustre", "gpfs", "beegfs", "beegfs_nodev", "cifs", "smb3", "smbfs", "ceph",
-    "glusterfs", "panfs", "pvfs2", "orangefs", "wekafs", "afs", "9p", "fuse",
-])
-# fmt: on
 _USER_INFO = re.compile(r"(?<=://)[^/@\s]*(?:@[^/@\s]*)*@")
 _SECRET_QUERY = re.compile(r"(?i)([?&](?:password|passwd|pwd|token|access_token|user)=)[^&\s'\"]*")
 
@@ -107,25 +100,6 @@ def artifact_folder(uri: str, run_dir: Path) -> Path | None:
 def strip_credentials(text: str) -> str:
     """The text without the credentials of any URI in it."""
     return _SECRET_QUERY.sub(r"\1…", _USER_INFO.sub("", text))
-
-
-def on_network_file_system(folder: Path) -> bool:
-    """Whether a folder, which need not exist yet, is mounted from elsewhere."""
-    return _is_network(_file_system_type(Path(folder).resolve()))
-
-
-def _is_network(file_system: str) -> bool:
-    return file_system in _NETWORK_FILE_SYSTEMS or file_system.startswith("fuse.")
-
-
-def _file_system_type(path: Path) -> str:
-    found, depth = "", -1
-    for mount in psutil.disk_partitions(all=True):
-        point = Path(mount.mountpoint)
-        # On equal depth the later mount hides the earlier one.
-        if path.is_relative_to(point) and len(point.parts) >= depth:
-            found, depth = mount.fstype.lower(), len(point.parts)
-    return found
 
 
 def _database_path(uri: str) -> str:

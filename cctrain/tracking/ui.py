@@ -28,12 +28,12 @@ from typing import IO
 from rich.console import Console
 
 from cctrain.errors import UsageError
+from cctrain.file_system import on_network_file_system
 from cctrain.tracking.address import (
     artifact_folder,
     check_uri,
     database_in,
     is_server,
-    on_network_file_system,
     resolve_uri,
     sqlite_path,
     strip_credentials,

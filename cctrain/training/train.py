@@ -18,6 +18,7 @@ from cctrain.parallel.mesh import Mesh, agree_on_errors, first_rank_says, join_m
 from cctrain.run_directory import WEIGHTS, log_file
 from cctrain.run_lock import hold_run
 from cctrain.tracking.address import check_configured_uri
+from cctrain.training.activation_files import check_room_for_activations
 from cctrain.training.attempt import FINISHED, Attempt, Start, follow, recorded, tell_ending
 from cctrain.training.checkpoint import load_checkpoint
 from cctrain.training.checkpoint_files import latest_checkpoint, step_of
@@ -72,6 +73,7 @@ def run_attempt(config: Config, accept_changes: bool, mesh: Mesh, requests: Stop
     config = resolve(config, store)
     loader = Loader(store, training_rule(config, store), share_of(mesh), config.data.micro_batch_tokens or 0)
     config.data.micro_batch_tokens = loader.micro_batch_tokens = resolve_micro_batch(config, loader)
+    check_room_for_activations(config, mesh)
     order = training_order(config, loader)
     config.data.weights_digest = config.data.weights_digest or weights_digest(order)
     if config.data.weights_digest != weights_digest(order):

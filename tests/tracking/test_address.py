@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cctrain.errors import UsageError
-from cctrain.tracking.address import check_configured_uri, on_network_file_system, resolve_uri, strip_credentials
+from cctrain.tracking.address import check_configured_uri, resolve_uri, strip_credentials
 from cctrain.tracking.projection import check_uri, default_uri
 
 
@@ -77,10 +77,6 @@ def test_the_default_is_a_database_beside_the_run_which_need_not_exist_yet(tmp_p
 def test_under_slurm_the_default_is_the_journal_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     assert default_uri(tmp_path / "cell") is None
-
-
-def test_a_local_folder_is_not_taken_for_a_network_file_system(tmp_path: Path) -> None:
-    assert not on_network_file_system(tmp_path)
 
 
 def test_a_relative_database_does_not_move_with_the_current_directory() -> None:
