@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from cctrain.data.hashing import hash64, uniform
+from cctrain.data.hashing import bound_of, hash64, hash_after, is_below, key_of_hash, uniform
 
 
 def test_the_same_keys_give_the_same_numbers_in_every_version():
@@ -65,3 +65,15 @@ def test_one_bit_of_a_key_changes_half_of_the_bits_of_the_hash():
     for bit in (0, 1, 17, 40):
         changed = np.bitwise_count(hash64("p", keys) ^ hash64("p", keys ^ (1 << bit)))
         assert abs(changed.mean() - 32) < 5 * 4 / np.sqrt(len(keys))
+
+
+def test_a_hash_that_goes_on_from_another_is_that_of_all_keys():
+    genes = np.arange(-3, 1000)
+    assert np.array_equal(hash_after(hash64(5, "targets", 7), key_of_hash(genes)), hash64(5, "targets", 7, genes))
+
+
+def test_a_hash_is_below_a_bound_just_where_its_number_is_below_the_probability():
+    keys = np.arange(20_000)
+    numbers = uniform(1, keys)
+    for probability in (numbers, np.nextafter(numbers, 0), np.nextafter(numbers, 1), 0.0, 0.3, 1.0):
+        assert np.array_equal(is_below(hash64(1, keys), bound_of(probability)), numbers < probability)

@@ -16,12 +16,13 @@ position, cell, gene): no worker or rank carries a generator, and the order of t
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
 
 from cctrain.config import ObjectiveConfig
-from cctrain.data.hashing import hash64, uniform
+from cctrain.data.hashing import bound_of, hash64, hash_after, is_below, key_of_hash
 from cctrain.data.store.store import GeneTable
 
 _RARE = float(np.log(1e9))  # ℓ of `context_size_bound`
@@ -44,6 +45,15 @@ class ContextRule:
     kind: str = "cell"
     window: int | None = None
     cell_encoding: int = 0
+
+    @cached_property
+    def keys_of_genes(self) -> np.ndarray:
+        """What hashes take of each gene; most of the cost of a context, were it not kept."""
+        return key_of_hash(np.arange(len(self.share)))
+
+    @cached_property
+    def target_bounds(self) -> np.ndarray:
+        return bound_of(self.target_probability)
 
 
 @dataclass(frozen=True)
@@ -74,9 +84,8 @@ def target_probability(genes: GeneTable, objective: ObjectiveConfig) -> np.ndarr
 
 def choose_targets(rule: ContextRule, position: int, cell: int, measured: np.ndarray) -> np.ndarray:
     """bool (genes,): the targets of a cell, without a look at its counts."""
-    all_genes = np.arange(len(rule.share))
-    draws = uniform(rule.seed, f"{rule.purpose}: targets", position, cell, all_genes)
-    return measured & (draws < rule.target_probability)
+    drawn = hash_after(hash64(rule.seed, f"{rule.purpose}: targets", position, cell), rule.keys_of_genes)
+    return measured & is_below(drawn, rule.target_bounds)
 
 
 def build_context(
@@ -88,20 +97,20 @@ def build_context(
     log_size_factor = visible_log_size_factor(rule.share, measured & ~hidden, counts[visible])
     visible_genes, visible_counts = _truncate(rule, position, cell, genes[visible], counts[visible])
 
-    target_genes = np.flatnonzero(hidden)
-    truth = np.zeros(len(rule.share), dtype=np.float32)
-    truth[genes] = counts
-    tokens = np.concatenate((visible_genes, target_genes))
-    token_counts = np.concatenate((visible_counts, np.zeros(len(target_genes)))).astype(np.float32)
-    canonical = np.argsort(tokens, kind="stable")
+    truth, shown = np.zeros((2, len(rule.share)), dtype=np.float32)
+    truth[genes], shown[visible_genes] = counts, visible_counts
+    is_token = hidden.copy()
+    is_token[visible_genes] = True
+    tokens = np.flatnonzero(is_token)
+    targets = np.flatnonzero(hidden[tokens])
     return Context(
         sample=cell,
         position=position,
-        genes=tokens[canonical],
-        counts=token_counts[canonical],
+        genes=tokens,
+        counts=shown[tokens],
         cells=np.zeros(len(tokens), dtype=np.int64),
-        targets=np.flatnonzero(canonical >= len(visible_genes)),
-        target_counts=truth[target_genes],
+        targets=targets,
+        target_counts=truth[tokens[targets]],
         log_size_factors=np.array([log_size_factor]),
         encodings=_signs(rule, position, cell)[None],
     )
@@ -211,6 +220,8 @@ def _truncate(
 
 def _signs(rule: ContextRule, position: int, cell: int) -> np.ndarray:
     """float32 (cell_encoding,): the bits of hashes, as -1 and +1."""
+    if not rule.cell_encoding:
+        return np.zeros(0, dtype=np.float32)
     words = hash64(rule.seed, f"{rule.purpose}: cell", position, cell, np.arange(-(-rule.cell_encoding // 64)))
     bits = np.unpackbits(words.astype("<u8").view(np.uint8))[: rule.cell_encoding]
     return 2 * bits.astype(np.float32) - 1
