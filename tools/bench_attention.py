@@ -1,6 +1,6 @@
 """How long read and write take, beside what bounds them and beside the alternatives, all timed in one run.
 
-    python tools/bench_attention.py [--tokens N ...] [--latents M ...] [--head-width D ...] [--out FILE]
+    python -m tools.bench_attention [--tokens N ...] [--latents M ...] [--head-width D ...] [--out FILE]
 
 For one context of n tokens, M latents and width d = heads · head width, it times forward and backward of
 
@@ -22,7 +22,6 @@ times are not. On a GPU the defaults are 1,048,576 tokens, 64 to 512 latents, wi
 """
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -31,17 +30,16 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from compare_simpler_flash import INSTALL, load_simpler_flash
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from cctrain.code_version import code_commit
 from cctrain.model import attention
+from tools.compare_simpler_flash import INSTALL, load_simpler_flash
+from tools.record import add_out, circumstances, keep
 
 GPU_SDPA = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -109,21 +107,9 @@ def main() -> None:
         rows = with_floors(rows, ceilings)
         print(table(shape, rows, ceilings), flush=True)
         results.append({**asdict(shape), "ceilings": asdict(ceilings), "rows": rows})
-    if arguments.out is not None:
-        content = {
-            "machine": {
-                "device": device_name(device),
-                "processor": platform.machine(),
-                "cores": os.cpu_count(),
-                "threads": torch.get_num_threads(),
-                "load_average": os.getloadavg(),
-            },
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
-            "commit": code_commit(),
-            "repeats": arguments.repeats,
-            "results": results,
-        }
-        arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+    machine = {"device": device_name(device), "threads": torch.get_num_threads(), "load_average": os.getloadavg()}
+    found = circumstances("torch", cuda=torch.version.cuda, **machine)
+    keep(found | {"repeats": arguments.repeats, "results": results}, arguments.out)
 
 
 def parsed() -> argparse.Namespace:
@@ -138,7 +124,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--dense-up-to", type=int, help="tokens; dense attention costs their square")
     parser.add_argument("--repeats", type=int, default=5, help="rounds that the medians are of")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
-    parser.add_argument("--out", type=Path, help="a JSON file for the result")
+    add_out(parser)
     arguments = parser.parse_args()
     if arguments.device == "cuda":
         defaults = {

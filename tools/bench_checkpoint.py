@@ -1,6 +1,6 @@
 """How long a checkpoint takes to save and to load, beside the floor, and what share of training time saving costs.
 
-    python tools/bench_checkpoint.py [--parameters 100e6] [--ranks 2] [--zero-stage 1] [--out FILE]
+    python -m tools.bench_checkpoint [--parameters 100e6] [--ranks 2] [--zero-stage 1] [--out FILE]
 
 The floor of saving is to write the bytes once, to the disk, and to hash them once; of loading, to read and to hash
 them once. Both are measured in the same run, on the same files' size, by all ranks at the same time.
@@ -8,9 +8,7 @@ them once. Both are measured in the same run, on the same files' size, by all ra
 
 import argparse
 import hashlib
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,7 +22,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from cctrain.code_version import code_commit
 from cctrain.config import Config
 from cctrain.cost.closed_form import num_parameters
 from cctrain.launch.local import free_port, rank_environment
@@ -33,6 +30,7 @@ from cctrain.parallel.mesh import Mesh, join_mesh
 from cctrain.training.checkpoint import load_checkpoint, save_checkpoint
 from cctrain.training.engine import build_engine
 from cctrain.training.sharded_state import held_fragments, owned_fragments
+from tools.record import add_out, circumstances, keep
 
 REPEATS = 3
 NUM_GENES, WIDTH = 20_000, 1024
@@ -45,14 +43,14 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--zero-stage", type=int, default=1, choices=range(4))
     parser.add_argument("--folder", type=Path, help="where to save; default: a temporary folder here")
-    parser.add_argument("--out", type=Path, help="a JSON file for the result")
+    add_out(parser)
     arguments = parser.parse_args()
     if "RANK" in os.environ:
         measure(arguments)
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder or Path.cwd(), prefix=".bench-checkpoint-") as folder:
         port = free_port()
-        command = [sys.executable, __file__, *sys.argv[1:], "--folder", folder]
+        command = [sys.executable, "-m", "tools.bench_checkpoint", *sys.argv[1:], "--folder", folder]
         ranks = [
             subprocess.Popen(command, env=rank_environment(rank, arguments.ranks, port))
             for rank in range(arguments.ranks)
@@ -86,8 +84,7 @@ def measure(arguments: argparse.Namespace) -> None:
             **result,
             "minutes_between_saves": MINUTES_BETWEEN_SAVES,
             "share_of_training": share_of_training,
-            "machine": {"cores": os.cpu_count(), "processor": platform.machine(), "torch": torch.__version__},
-            "commit": code_commit(),
+            **circumstances("torch", "deepspeed"),
         }
         print(
             f"{result['parameters']:,} parameters, {result['bytes'] / 2**20:,.0f} MiB, {mesh.num_ranks} rank(s), "
@@ -97,8 +94,7 @@ def measure(arguments: argparse.Namespace) -> None:
             f"load {result['load_seconds']:.2f} s (floor: read and hash {result['read_and_hash_seconds']:.2f} s)\n"
             f"saving every {MINUTES_BETWEEN_SAVES} minutes takes {100 * share_of_training:.2f} % of the time"
         )
-        if arguments.out is not None:
-            arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        keep(result, arguments.out)
 
 
 def timed(engine: Any, mesh: Mesh, folder: Path) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Cells a second that our loader delivers, beside what users would pick instead, from the same file.
 
-    python tools/synthetic_atlas.py ATLAS.h5ad --cells 25000
+    python -m tools.synthetic_atlas ATLAS.h5ad --cells 25000
     python -m tools.bench_data ATLAS.h5ad --work DIR [--rounds 5] [--out FILE]
 
 Which loaders, with which settings, and what they deliver is said in `data_loaders.py`. DIR receives the atlas in every
@@ -26,21 +26,15 @@ and `annbatch` with its dependencies in an environment of Python 3.12. The targe
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from cctrain.code_version import code_commit
 from tools.data_loaders import (
     COMPRESSED,
     MEMMAP,
@@ -52,6 +46,7 @@ from tools.data_loaders import (
     competitors,
     make_files,
 )
+from tools.record import add_out, circumstances, keep
 
 PACKAGES = ("numpy", "torch", "anndata", "zarr", "zarrs", "webdataset", "scDataset", "annbatch", "h5py")
 SHARE_UNCOMPRESSED, SHARE_COMPRESSED, TIMES_OTHERS = 0.60, 0.45, 2.0
@@ -66,7 +61,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="that a turn takes at least (default: 2)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="loaders, by their names in the table")
-    parser.add_argument("--out", type=Path, help="a JSON file for the result")
+    add_out(parser)
     parser.add_argument("--turn", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.batch < 64 or arguments.batch % 64:
@@ -78,12 +73,9 @@ def main() -> None:
         return
     if unknown := [name for name in arguments.only or [] if name not in loaders]:
         parser.error(f"--only {unknown[0]!r}: there are {', '.join(map(repr, loaders))}")
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)  # now, not when all is done
     result = compare(files, {name: loaders[name] for name in arguments.only or loaders}, arguments)
     print(table(result))
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    keep(result, arguments.out)
 
 
 def compare(files: Files, loaders: dict[str, Competitor], arguments: argparse.Namespace) -> dict[str, Any]:
@@ -106,14 +98,7 @@ def compare(files: Files, loaders: dict[str, Competitor], arguments: argparse.Na
         "rates": rates,
         "missing": missing,
         "targets": targets({name: rate["cells_per_second"] for name, rate in rates.items()}),
-        "machine": {
-            "cores": os.cpu_count(),
-            "processor": platform.machine(),
-            "bytes": psutil.virtual_memory().total,
-            "python": platform.python_version(),
-            **{name: installed_version(name) for name in PACKAGES},
-        },
-        "commit": code_commit(),
+        **circumstances(*PACKAGES),
     }
 
 
@@ -212,13 +197,6 @@ def read_all(path: Path) -> int:
                 while read := len(stream.read(2**24)):
                     total += read
     return total
-
-
-def installed_version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def say(message: str) -> None:

@@ -19,7 +19,6 @@ peak resident set, from which what waits on the host is taken off. Each row is m
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -27,10 +26,10 @@ from typing import Any
 
 import torch
 
-from cctrain.code_version import code_commit
 from cctrain.config import MemoryConfig, ModelConfig
 from cctrain.model.transformer import Inputs, Transformer
 from tools.bench_step import resident_peak
+from tools.record import add_out, circumstances, keep
 
 NUM_GENES, TILE = 1000, 4096
 DEPTHS, LENGTHS = (4, 8, 16), (65_536, 131_072, 262_144)
@@ -44,7 +43,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--depths", type=int, nargs="+", default=DEPTHS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="a JSON file for the result")
+    add_out(parser)
     parser.add_argument("--row", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.row:
@@ -73,12 +72,9 @@ def main() -> None:
                 flush=True,
             )
         result["tables"][title] = measured
-    result["machine"] = {"cores": os.cpu_count(), "processor": platform.machine(), "torch": torch.__version__}
-    if arguments.device == "cuda":
-        result["machine"]["gpu"] = torch.cuda.get_device_name()
-    result["commit"] = code_commit()
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    gpu = {"gpu": torch.cuda.get_device_name()} if arguments.device == "cuda" else {}
+    result |= circumstances("torch", **gpu)
+    keep(result, arguments.out)
 
 
 def growth_against_formula(first: dict[str, Any], row: dict[str, Any]) -> float:

@@ -1,6 +1,6 @@
 """What the ranks that share a context send each other, counted, beside ring attention and Ulysses.
 
-    python tools/bench_parallel.py [--ranks 1 2 4] [--lengths 4096 65536 262144] [--latents 64] [--out FILE]
+    python -m tools.bench_parallel [--ranks 1 2 4] [--lengths 4096 65536 262144] [--latents 64] [--out FILE]
 
 Starts C real processes (gloo, on this machine's cores), runs one criss-cross layer forward and backward on a context
 of n tokens whose slices they hold, and counts the bytes of every collective as PyTorch dispatches it. The layer runs
@@ -27,7 +27,6 @@ and beside it, for self-attention of the same width over n tokens, at b bytes an
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -37,13 +36,13 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cctrain.code_version import code_commit
 from cctrain.launch.local import free_port, rank_environment
 from cctrain.model.activations import Activations
 from cctrain.model.layer import CrissCrossLayer
 from cctrain.model.tiles import TILE_TOKENS, cut_into_tiles
 from cctrain.parallel.exchange import context_exchange
 from cctrain.parallel.mesh import Mesh, join_mesh
+from tools.record import add_out, circumstances, keep
 
 MINUTES = 30  # that a start of ranks may take
 
@@ -178,11 +177,9 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=4, help="H")
     parser.add_argument("--latents", type=int, default=64, help="M")
     parser.add_argument("--element-bytes", type=int, default=2, help="b, of ring and Ulysses; 2 is bf16")
-    parser.add_argument("--out", type=Path, help="a JSON file for the result")
+    add_out(parser)
     arguments = parser.parse_args()
     shape = Shape(arguments.width, arguments.heads, arguments.latents)
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
     print(
         f"Bytes that a rank sends for one layer, forward and backward; width {shape.width}, {shape.heads} heads, "
         f"{shape.latents} latents\n"
@@ -211,15 +208,13 @@ def main() -> None:
                     "ulysses": asdict(others[1]),
                 }
             )
-    if arguments.out is not None:
-        result = {
-            "bytes_sent_by_a_rank_for_a_layer": rows,
-            "shape": asdict(shape),
-            "element_bytes_of_ring_and_ulysses": arguments.element_bytes,
-            "machine": {"cores": os.cpu_count(), "processor": platform.machine(), "torch": torch.__version__},
-            "commit": code_commit(),
-        }
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    result = {
+        "bytes_sent_by_a_rank_for_a_layer": rows,
+        "shape": asdict(shape),
+        "element_bytes_of_ring_and_ulysses": arguments.element_bytes,
+        **circumstances("torch"),
+    }
+    keep(result, arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How long a training step takes as the context grows: criss-cross beside dense, at equal depth and equal parameters.
 
-    python tools/bench_step.py [--lengths 1024 4096 16384 65536] [--latents 64 128 256] [--out FILE]
+    python -m tools.bench_step [--lengths 1024 4096 16384 65536] [--latents 64 128 256] [--out FILE]
 
 A step is forward, loss, backward and plain AdamW (no DeepSpeed; in bf16, weights and moments are bf16 too) on one
 context of n random tokens, of which 5 % are targets. A criss-cross layer has about twice the parameters of a dense
@@ -30,10 +30,7 @@ each model's time, least squares on a log-log scale over n of 8,192 and more.
 """
 
 import argparse
-import json
 import math
-import os
-import platform
 import statistics
 import sys
 import time
@@ -50,7 +47,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cctrain.code_version import code_commit
 from cctrain.config import MemoryConfig, ModelConfig
 from cctrain.cost.closed_form import num_parameters, step_cost
 from cctrain.model import attention
@@ -59,6 +55,7 @@ from cctrain.model.tiles import TILE_TOKENS, cut_into_tiles
 from cctrain.model.transformer import Inputs, Transformer, initialize
 from cctrain.parallel.mesh import find_device_kind
 from cctrain.training.objective import negative_log_likelihood
+from tools.record import add_out, circumstances, keep
 
 MOST_REPEATS, SECONDS_OF_REPEATS = 9, 20.0
 TARGET_SHARE = 0.05
@@ -114,21 +111,18 @@ def main() -> None:
         arguments.genes,
         MemoryConfig(arguments.checkpointing, tile_tokens=arguments.tile_tokens),
     )
+    gpu = {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
     result = {
         "settings": {name: value for name, value in vars(arguments).items() if name != "out"},
-        "machine": machine(device),
-        "commit": code_commit(),
+        **circumstances("torch", threads=torch.get_num_threads(), **gpu),
     }
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     print(HEADER, flush=True)
     for row in measured_rows(entries(arguments), setting, arguments.budget):
         print(line(row), flush=True)
         rows.append(row)
         result |= {"rows": rows, "speed_ups": speed_ups(rows), "exponents": exponents(rows)}
-        if arguments.out is not None:
-            arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        keep(result, arguments.out)
     for found in speed_ups(rows):
         ratios = [f"{found[key]:.2f} times at {key.replace('_', ' ')}" for key in DENSE if found[key] is not None]
         print(f"n = {found['tokens']:,}, M = {found['latents']}: dense takes {', '.join(ratios)} as long")
@@ -153,7 +147,7 @@ def parse(device: str) -> argparse.Namespace:
     parser.add_argument(
         "--budget", type=float, default=default["budget"], help=f"seconds that a row may take; {default['budget']:.0f}"
     )
-    parser.add_argument("--out", type=Path, help="a JSON file for the result, written after every row")
+    add_out(parser, "a JSON file for the result, written after every row")
     arguments = parser.parse_args()
     arguments.lengths = sorted(set(arguments.lengths))
     return arguments
@@ -392,15 +386,6 @@ def exponents(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         name: {"exponent": float(np.polyfit(*zip(*pairs, strict=True), 1)[0]), "points": len(pairs)}
         for name, pairs in points.items()
         if len(pairs) > 1
-    }
-
-
-def machine(device: str) -> dict[str, Any]:
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
     }
 
 

@@ -13,9 +13,6 @@ run, to the last bit, and MLflow holds each step once. Times are not compared.
 """
 
 import argparse
-import json
-import os
-import platform
 import random
 import shutil
 import signal
@@ -30,13 +27,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from cctrain.code_version import code_commit
 from cctrain.errors import CheckpointError
 from cctrain.run_directory import CHECKPOINTS
 from cctrain.tracking.journal import history, read_journal
@@ -70,6 +65,7 @@ from tools.chaos_attempt import (
     processes_of,
     tail,
 )
+from tools.record import add_out, circumstances, keep
 
 KINDS = tuple(Kind(stage, precision) for stage in (2, 3) for precision in ("fp32", "bf16"))
 STEPS = 120
@@ -126,7 +122,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100, help="of all four kinds together")
     parser.add_argument("--seed", type=int, help="of moments and victims; default: a new one")
     parser.add_argument("--steps", type=int, default=STEPS, help="of each training")
-    parser.add_argument("--out", type=Path, help="a JSON file for the result")
+    add_out(parser)
     arguments = parser.parse_args()
     if arguments.kills < MIN_KILLS * len(KINDS):
         parser.error(f"--kills: at least {MIN_KILLS * len(KINDS)}, {MIN_KILLS} of each kind")
@@ -143,8 +139,7 @@ def main() -> None:
             shutil.rmtree(folder)
         else:
             say(f"the runs are kept in {folder}")
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    keep(result, arguments.out)
     raise SystemExit(1 if faults else 0)
 
 
@@ -197,14 +192,7 @@ def summary(done: list[Killed], faults: dict[Kind, list[str]], kills: int, seed:
             "longest_until_all_gone": round(max((killed.gone_after for killed in done), default=0.0), 2),
         },
         "faults": [f"{kind}: {fault}" for kind, found in faults.items() for fault in found],
-        "machine": {
-            "cores": os.cpu_count(),
-            "processor": platform.machine(),
-            "python": platform.python_version(),
-            "torch": version("torch"),
-            "deepspeed": version("deepspeed"),
-        },
-        "commit": code_commit(),
+        **circumstances("torch", "deepspeed"),
     }
 
 

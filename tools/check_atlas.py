@@ -1,7 +1,7 @@
 """Prepare an atlas as a laboratory would, and check what it then relies on: memory, bytes, resuming, mixing.
 
-    python tools/synthetic_atlas.py ATLAS.h5ad
-    python tools/check_atlas.py ATLAS.h5ad --work DIR [--out FILE]
+    python -m tools.synthetic_atlas ATLAS.h5ad
+    python -m tools.check_atlas ATLAS.h5ad --work DIR [--out FILE]
 
 `cctrain prepare ATLAS --workers N` runs with two workers, with one, and once more with two, killed and continued. The
 exit code is 1 if a bound is broken:
@@ -24,9 +24,7 @@ store stays in DIR/undisturbed until the next check there, those that equal it a
 
 import argparse
 import hashlib
-import json
 import os
-import platform
 import re
 import resource
 import shutil
@@ -37,7 +35,6 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +44,11 @@ import numpy as np
 import pandas as pd
 import psutil
 
-from cctrain.code_version import code_commit
 from cctrain.config import DataConfig
 from cctrain.data.loading.order import Order
 from cctrain.data.store.store import TokenStore, open_store
 from cctrain.errors import CctrainError, DataError
+from tools.record import add_out, circumstances, keep
 
 GIB = 2**30
 UNDISTURBED, ONE_WORKER, KILLED, CONTINUED = "undisturbed", "one-worker", "killed", "continued"
@@ -92,20 +89,17 @@ def main() -> None:
     parser.add_argument(
         "--epochs", type=int, default=1, help="over which entropy is averaged; a small atlas needs many"
     )
-    parser.add_argument("--out", type=Path, help="a JSON file for the result")
+    add_out(parser)
     arguments = parser.parse_args()
     if arguments.workers < 2 or not 0 < arguments.kill_at < 1 or arguments.epochs < 1:
         parser.error("--workers is at least 2, --kill-at lies between 0 and 1, --epochs is at least 1")
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)  # now, not when all is done
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and end what was started, as ever
     try:
         result = check(arguments)
     except (CctrainError, Broken) as error:
         raise SystemExit(f"{parser.prog}: {error}") from error
     print(table(result))
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    keep(result, arguments.out)
     raise SystemExit(1 if result["failures"] else 0)
 
 
@@ -148,14 +142,7 @@ def check(arguments: argparse.Namespace) -> dict[str, Any]:
         "differing_files": differences,
         "mixing": mixing(store, labels, arguments.batches, arguments.epochs),
         "bounds": {"memory_bytes": int(arguments.memory * GIB), "entropy": ENTROPY_BOUND},
-        "machine": {
-            "cores": os.cpu_count(),
-            "processor": platform.machine(),
-            "bytes": psutil.virtual_memory().total,
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("numpy", "anndata", "zarr", "h5py")},
-        },
-        "commit": code_commit(),
+        **circumstances("numpy", "anndata", "zarr", "h5py"),
     }
     for kind in (ONE_WORKER, KILLED):
         if not differences[kind]:

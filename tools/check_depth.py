@@ -1,14 +1,12 @@
 """Does depth train? 64 layers of width 64 beside 4, the same steps on PBMC3k in bf16, and what every branch carries.
 
-    python tools/check_depth.py STORE --out tools/results/depth.json
+    python -m tools.check_depth STORE --out tools/results/depth.json
 
 Trains both through `cctrain train`, compares held-out NLL on the same fixed targets, and measures
 ‖branch‖ / ‖stream‖ of every residual branch of the trained deep model on a pack of held-out cells.
 """
 
 import argparse
-import json
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from cctrain.apply.predict import load_model
-from cctrain.code_version import code_commit
 from cctrain.config import load_config
 from cctrain.data.loading.loader import Loader, Share
 from cctrain.data.store.store import open_store
@@ -27,6 +24,7 @@ from cctrain.run_directory import open_run
 from cctrain.tracking.journal import history, read_journal
 from cctrain.training.data import context_rule
 from cctrain.training.loop import to_inputs
+from tools.record import add_out, circumstances, keep
 
 SETTINGS = {
     "model.width": 64,
@@ -49,13 +47,11 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/depth"), help="where the runs go")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--depths", type=int, nargs="+", default=[4, 64])
-    parser.add_argument("--out", type=Path, required=True)
+    add_out(parser)
     arguments = parser.parse_args()
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     result = {
         "question": "is the deepest model no worse than the shallowest, and does every branch carry something?",
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-        "commit": code_commit(),
+        **circumstances("torch", threads=torch.get_num_threads()),
         "steps": arguments.steps,
         "settings": SETTINGS,
         "models": [],
@@ -64,7 +60,7 @@ def main() -> None:
         run = arguments.runs / f"depth-{depth:02d}"
         train(run, arguments.store, arguments.steps, depth)
         result["models"].append(describe(run, depth))
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        keep(result, arguments.out)
     for model in result["models"]:
         ratios = model["branch_over_stream"]
         print(f"{model['depth']} layers: held-out NLL {model['nll']:.5f}, smallest branch {min(map(min, ratios)):.4f}")

@@ -1,6 +1,6 @@
 """Do other cells in the context help? Contexts of one cell beside windows of 16 and 64, on the same held-out targets.
 
-    python tools/compare_contexts.py [--cells-seen N] [--seeds 0] [--work data] [--out FILE]
+    python -m tools.compare_contexts [--cells-seen N] [--seeds 0] [--work data] [--out FILE]
 
 `retina` has one donor and no positions, so there is no group whose members know something of each other that the
 weights do not learn anyway, and its cell types would tell the answer. Nuclei are therefore put into pools of 64 at
@@ -14,12 +14,8 @@ over cells, and the correlation within a gene. Ten minutes a model on two cores.
 """
 
 import argparse
-import json
-import os
-import platform
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +26,10 @@ from cctrain.apply import metrics
 from cctrain.apply.baselines import gene_mean
 from cctrain.apply.evaluate import DETECTED_IN, held_out_targets
 from cctrain.apply.predict import load_model, predict_targets
-from cctrain.code_version import code_commit
 from cctrain.data.store.store import open_store
 from cctrain.run_directory import open_run
 from cctrain.tracking.journal import history, read_journal
+from tools.record import add_out, circumstances, keep
 
 CONFIG = "configs/quickstart.yaml"
 POOL, POOL_COLUMN, HELD_OUT = 64, "pool", ("pool-00", "pool-01")
@@ -48,10 +44,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--work", type=Path, default=Path("data"), help="folder of all files (default: data)")
     parser.add_argument("--runs", type=Path, default=Path("runs/contexts"), help="where the runs go")
-    parser.add_argument("--out", type=Path, help="a JSON file for the result")
+    add_out(parser)
     arguments = parser.parse_args()
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
     store = pooled_store(arguments.work)
     result = {
         "question": "does a model predict a cell's hidden genes better when it sees other cells beside it?",
@@ -59,13 +53,7 @@ def main() -> None:
         "store": open_store(store).digest,
         "cells_seen": arguments.cells_seen,
         "cells_a_step": CELLS_A_STEP,
-        "machine": {
-            "cores": os.cpu_count(),
-            "processor": platform.machine(),
-            "torch": version("torch"),
-            "deepspeed": version("deepspeed"),
-        },
-        "commit": code_commit(),
+        **circumstances("torch", "deepspeed"),
         "models": [],
     }
     for seed in arguments.seeds:
@@ -76,8 +64,7 @@ def main() -> None:
             row, per_cell = judged(run, window, seed, alone)
             alone = per_cell if window is None else alone
             result["models"].append(row)
-            if arguments.out is not None:
-                arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+            keep(result, arguments.out)
     print(table(result))
 
 

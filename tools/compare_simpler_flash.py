@@ -1,7 +1,7 @@
 """Where the published criss-cross attention and ours differ, shown by running both.
 
     pip install --no-deps simpler-flash==1.3.5 einops
-    python tools/compare_simpler_flash.py [--out PAGE.md]
+    python -m tools.compare_simpler_flash [--out PAGE.md]
 
 `simpler-flash` 1.3.5 (https://github.com/jkobject/simpler_flash, MIT) is the criss-cross attention of scPRINT-2. It
 is optional: this script alone needs it, and einops. It imports torchvision for stochastic depth, which is off

@@ -1,6 +1,6 @@
 """Damage small valid inputs in seeded ways, and see that each is read correctly or refused with one clear line.
 
-    python tools/fuzz.py [--mutants 200] [--seed S] [--forms FORM,FORM] [--only ID] [--out FILE]
+    python -m tools.fuzz [--mutants 200] [--seed S] [--forms FORM,FORM] [--only ID] [--out FILE]
 
 Inputs are files of cells in every form that `cctrain prepare` reads, and token stores in every form that it writes.
 A mutant is one of them with one mutation: blind (bits, ranges, whole files, links), aware of what lies where (types,
@@ -20,32 +20,24 @@ forged one may; --verify compares the content digest, and must see what happened
 """
 
 import argparse
-import json
-import os
-import platform
 import random
 import re
 import shutil
-import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))  # started by its path, Python looks beside this file alone
-
-from cctrain.code_version import code_commit
 from tools.fuzz_inputs import ANY_CELL, FORMS, Form
 from tools.fuzz_mutations import CRATER, IN_FOLDER, Mutation, mutate_blindly
 from tools.fuzz_stores import damage, forgeries
 from tools.fuzz_trees import in_tree
 from tools.fuzz_worker import Ran, Worker
+from tools.record import add_out, circumstances, keep
 
 READ, REFUSED, FAILED = "read correctly", "refused", "failed"
 SHOWN_EVERY = 50
@@ -70,7 +62,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, help="default: a new one")
     parser.add_argument("--forms", default=",".join(FORMS), help="of inputs, separated by commas; default: all")
     parser.add_argument("--only", metavar="ID", help="this mutant alone, such as h5ad-csr-7")
-    parser.add_argument("--out", type=Path, help="a JSON file for the result")
+    add_out(parser)
     arguments = parser.parse_args()
     seed = random.SystemRandom().randrange(10**6) if arguments.seed is None else arguments.seed
     forms = arguments.forms.split(",")
@@ -86,8 +78,7 @@ def main() -> None:
         say(f"kept in {folder}")
     else:
         shutil.rmtree(folder)
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    keep(result, arguments.out)
     raise SystemExit(1 if result["failures"] else 0)
 
 
@@ -141,18 +132,12 @@ def summary(mutants: list[Mutant], seed: int, seconds: float) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "slowest": max((mutant.seconds for mutant in mutants), default=0.0),
         "failures": [
-            asdict(mutant) | {"reproduce": f"python tools/fuzz.py --seed {seed} --only {mutant.id}"}
+            asdict(mutant) | {"reproduce": f"python -m tools.fuzz --seed {seed} --only {mutant.id}"}
             for mutant in mutants
             if mutant.verdict == FAILED
         ],
         "survivors": [asdict(mutant) for mutant in survived],
-        "machine": {
-            "cores": os.cpu_count(),
-            "processor": platform.machine(),
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("anndata", "h5py", "zarr")},
-        },
-        "commit": code_commit(),
+        **circumstances("anndata", "h5py", "zarr"),
     }
 
 

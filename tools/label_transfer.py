@@ -1,6 +1,6 @@
 """Do the embeddings know cell types they were never shown? Label transfer on held-out cells, beside PCA.
 
-    python tools/label_transfer.py RUN --label cell_type --out tools/results/label_transfer
+    python -m tools.label_transfer RUN --label cell_type --out tools/results/label_transfer
 
 Every cell of the run's store is embedded with nothing hidden. 15 nearest training cells vote on the label of
 each held-out cell; the score is balanced accuracy over types. PCA of log-normalised counts, fitted on training
@@ -25,10 +25,10 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from cctrain.apply.predict import embed_contexts, load_model
-from cctrain.code_version import code_commit
 from cctrain.data.loading.contexts import Context, build_context, nothing_hidden
 from cctrain.data.store.store import TokenStore, open_store
 from cctrain.run_directory import TrainedRun, open_run
+from tools.record import add_out, circumstances, keep
 
 NEIGHBOURS = 15
 
@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--label", default="cell_type", help="column of obs")
-    parser.add_argument("--out", type=Path, required=True, help="path without its ending")
+    add_out(parser, "path of a JSON file and a PNG, without their endings", required=True)
     arguments = parser.parse_args()
     run = open_run(arguments.run)
     store = open_store(Path(run.config.data.store), run.config.data.digest)
@@ -47,7 +47,7 @@ def main() -> None:
     scores = {name: transfer(places, labels, store.num_train) for name, places in vectors.items()}
     result = {
         "question": "balanced accuracy of labels of held-out cells, by 15 nearest training cells",
-        "commit": code_commit(),
+        **circumstances("torch", "scikit-learn"),
         "store_digest": store.digest,
         "training_cells": store.num_train,
         "held_out_cells": store.num_cells - store.num_train,
@@ -56,8 +56,7 @@ def main() -> None:
         "dimensions": vectors["PCA"].shape[1],
         "balanced_accuracy": scores,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    keep(result, arguments.out.with_suffix(".json"))
     draw(vectors, labels, scores, arguments.out.with_suffix(".png"))
     print(json.dumps(result))
 

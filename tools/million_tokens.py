@@ -1,6 +1,6 @@
 """A training step on one context of a million tokens, on one context rank and on two: time, memory, equal gradients.
 
-    python tools/million_tokens.py [--tokens N] [--ranks 1 2] [--work data] [--out FILE]
+    python -m tools.million_tokens [--tokens N] [--ranks 1 2] [--work data] [--out FILE]
 
 The context is whole retina nuclei, laid end to end in the order of their token store: each with its own targets,
 hidden by the trainer's rule, and its own size factor; the last one is cut so that the number of tokens is exact. The
@@ -24,29 +24,25 @@ Measured are seconds, and for every process its highest resident memory. The exi
 
 The default size is 8.6e13 FLOPs for each number of ranks, a quarter of an hour at 100 GFLOP/s. A small one:
 
-    python tools/million_tokens.py --tokens 8192 --depth 2 --width 32 --latents 8
+    python -m tools.million_tokens --tokens 8192 --depth 2 --width 32 --latents 8
 """
 
 import argparse
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 import torch.distributed as dist
 
-from cctrain.code_version import code_commit
 from cctrain.config import Config, check_config
 from cctrain.cost.closed_form import num_parameters, step_cost
 from cctrain.data.loading.batches import pack
@@ -64,6 +60,7 @@ from cctrain.training.data import training_rule
 from cctrain.training.engine import build_engine
 from cctrain.training.loop import train_step
 from cctrain.training.train import build_model
+from tools.record import add_out, circumstances, keep
 
 GRADIENT_BOUND, LOSS_BOUND, MEMORY_BOUND = 1e-5, 1e-5, 20 * 2**30
 DISTURBANCE, DISTURBANCE_OF_LATENTS = 0.02, 1.0
@@ -83,13 +80,11 @@ def main() -> None:
     parser.add_argument("--latents", type=int, default=128)
     parser.add_argument("--tile-tokens", type=int, default=TILE_TOKENS["cpu"], help="that go through a layer at a time")
     parser.add_argument("--work", type=Path, default=Path("data"), help="folder of retina-store (default: data)")
-    parser.add_argument("--out", type=Path, help="a JSON file for the result")
+    add_out(parser)
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)  # this process is a rank, and writes there
     arguments = parser.parse_args()
     if min(arguments.tokens, arguments.threads, *arguments.ranks) < 1:
         parser.error("--tokens, --threads and --ranks are at least 1")
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)  # now, not when all is done
     try:
         if arguments.run is not None:
             run_rank(arguments)
@@ -99,8 +94,7 @@ def main() -> None:
     except CctrainError as error:
         raise SystemExit(f"{parser.prog}: {error}") from error
     print(table(result))
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    keep(result, arguments.out)
     raise SystemExit(1 if result["failures"] else 0)
 
 
@@ -121,15 +115,7 @@ def run_all(arguments: argparse.Namespace) -> dict[str, Any]:
         "threads": arguments.threads,
         "predicted": predict(config, context, parameters, arguments),
         "bounds": {"gradient": GRADIENT_BOUND, "loss": LOSS_BOUND, "bytes": MEMORY_BOUND},
-        "machine": {
-            "cores": os.cpu_count(),
-            "processor": platform.machine(),
-            "bytes": psutil.virtual_memory().total,
-            "python": platform.python_version(),
-            "torch": version("torch"),
-            "deepspeed": version("deepspeed"),
-        },
-        "commit": code_commit(),
+        **circumstances("torch", "deepspeed"),
     }
     print(expectation(result), flush=True)
     with tempfile.TemporaryDirectory(dir=arguments.work, prefix=".million-tokens-") as folder:
@@ -217,7 +203,7 @@ def start_ranks(num_ranks: int, folder: Path, threads: int) -> dict[str, Any]:
     """One step in `num_ranks` new processes, which leave their checkpoint in `folder`. All end if one fails."""
     folder.mkdir()
     threads_each, port = max(1, threads // num_ranks), free_port()
-    command = [sys.executable, __file__, *sys.argv[1:], "--run", str(folder)]
+    command = [sys.executable, "-m", "tools.million_tokens", *sys.argv[1:], "--run", str(folder)]
     own = {"OMP_NUM_THREADS": str(threads_each), "CUDA_VISIBLE_DEVICES": ""}
     ranks = [subprocess.Popen(command, env=rank_environment(rank, num_ranks, port) | own) for rank in range(num_ranks)]
     try:

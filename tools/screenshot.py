@@ -1,4 +1,4 @@
-"""Photograph the chart page of a run as a person sees it: python tools/screenshot.py RUN OUT.png
+"""Photograph the chart page of a run as a person sees it: python -m tools.screenshot RUN OUT.png
 
 Serves the run through `cctrain.tracking.ui`, opens its page in headless Chromium, waits until every chart is
 drawn, writes the picture and prints one JSON object: the address, the metrics of the charts, the page's text.

@@ -1,6 +1,6 @@
 """Write a synthetic atlas: an .h5ad of any number of cells, sorted by cell type, at the speed of a disk.
 
-    python tools/synthetic_atlas.py ATLAS.h5ad [--cells 500000] [--expressed 2000] [--genes 30000] [--types 100]
+    python -m tools.synthetic_atlas ATLAS.h5ad [--cells 500000] [--expressed 2000] [--genes 30000] [--types 100]
 
 A cell type has a mean for each of its candidate genes, two fifths of which all types share. A cell of depth s has
 counts from the negative binomial
@@ -22,9 +22,7 @@ and by the tables with a row per cell or gene. The same arguments give the same 
 """
 
 import argparse
-import json
 import os
-import platform
 import resource
 import time
 from collections.abc import Iterator
@@ -39,7 +37,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import nbinom, norm
 
-from cctrain.code_version import code_commit
+from tools.record import add_out, circumstances, keep
 
 DISPERSION = 2.0  # θ
 STEPS_PER_OCTAVE = 4  # between the levels on which means and depths lie
@@ -94,7 +92,7 @@ def main() -> None:
     parser.add_argument("--genes", type=int, default=Shape.genes)
     parser.add_argument("--types", type=int, default=Shape.types)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="a JSON file for what was written and how fast")
+    add_out(parser, "a JSON file for what was written and how fast")
     arguments = parser.parse_args()
     shape = Shape(arguments.cells, arguments.expressed, arguments.genes, arguments.types)
     started = time.perf_counter()
@@ -111,8 +109,7 @@ def main() -> None:
         "seconds": seconds,
         "counts_per_second": num_counts / seconds,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "machine": {"cores": os.cpu_count(), "processor": platform.machine(), "numpy": np.__version__},
-        "commit": code_commit(),
+        **circumstances("numpy", "h5py"),
     }
     print(
         f"{arguments.atlas}: {shape.cells:,} cells of {shape.types} types, {num_counts:,} counts "
@@ -120,9 +117,7 @@ def main() -> None:
         f"{num_counts / seconds / 1e6:.1f} million counts/s, {result['bytes'] / seconds / 1e6:,.0f} MB/s; "
         f"peak memory {result['peak_bytes'] / 2**20:,.0f} MiB"
     )
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    keep(result, arguments.out)
 
 
 def write_atlas(path: Path, shape: Shape, seed: int) -> int:

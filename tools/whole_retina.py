@@ -1,6 +1,6 @@
 """All nuclei of `retina` as one context, nothing left out: one training step, as a user would take it.
 
-    python tools/whole_retina.py [--ranks 2] [--cells N] [--work data] [--out FILE]
+    python -m tools.whole_retina [--ranks 2] [--cells N] [--work data] [--out FILE]
 
 The nuclei of the one donor are prepared as one group and trained on with `cctrain train configs/tissue.yaml`: 12
 layers of width 256, 128 latents, in fp32, shared by two context ranks on CPUs. memory.checkpointing keeps one vector
@@ -15,15 +15,12 @@ A step is 2.6e14 FLOPs, half an hour at 200 GFLOP/s. With --cells, a few nuclei 
 """
 
 import argparse
-import json
 import math
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +28,12 @@ import anndata
 import numpy as np
 import psutil
 
-from cctrain.code_version import code_commit
 from cctrain.config import Config, load_config
 from cctrain.data.loading.loader import Loader, Share
 from cctrain.data.store.store import TokenStore, open_store
 from cctrain.tracking.journal import history, read_journal
 from cctrain.training.data import training_rule
+from tools.record import add_out, circumstances, keep
 
 CONFIG = "configs/tissue.yaml"
 GROUP = "donor_id"
@@ -51,16 +48,13 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2, help="that share the context (default: %(default)s)")
     parser.add_argument("--cells", type=int, help="only so many of the nuclei, and a small model")
     parser.add_argument("--work", type=Path, default=Path("data"), help="folder of all files (default: data)")
-    parser.add_argument("--out", type=Path, help="a JSON file for the result")
+    add_out(parser)
     arguments = parser.parse_args()
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
     store = whole_store(arguments.work, arguments.cells)
     with tempfile.TemporaryDirectory(dir=arguments.work, prefix="tissue-") as folder:
         result = one_step(store, arguments, Path(folder))
     print(summary(result))
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    keep(result, arguments.out)
     raise SystemExit(1 if result["failures"] else 0)
 
 
@@ -137,14 +131,7 @@ def one_step(store: TokenStore, arguments: argparse.Namespace, folder: Path) -> 
         "peak_bytes_of_files": most_files,
         "failures": failures,
         "store": store.digest,
-        "machine": {
-            "cores": os.cpu_count(),
-            "processor": platform.machine(),
-            "bytes": psutil.virtual_memory().total,
-            "torch": version("torch"),
-            "deepspeed": version("deepspeed"),
-        },
-        "commit": code_commit(),
+        **circumstances("torch", "deepspeed"),
     }
 
 

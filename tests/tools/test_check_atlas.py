@@ -170,7 +170,7 @@ def test_a_small_atlas_keeps_every_bound(tmp_path: Path) -> None:
     write_atlas(atlas, Shape(cells=10_000, expressed=300, genes=2_000, types=20), seed=0)
 
     done = subprocess.run(
-        [sys.executable, ROOT / "tools" / "check_atlas.py", atlas, *options.split(), "--work", tmp_path / "work"],
+        [sys.executable, "-m", "tools.check_atlas", atlas, *options.split(), "--work", tmp_path / "work"],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
         capture_output=True,
         text=True,

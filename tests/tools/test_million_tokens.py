@@ -132,7 +132,7 @@ def test_a_step_on_one_long_context_is_the_same_on_one_and_on_three_context_rank
     out = tmp_path / "result.json"
 
     done = subprocess.run(
-        [sys.executable, ROOT / "tools" / "million_tokens.py", *options.split(), "--work", tmp_path, "--out", out],
+        [sys.executable, "-m", "tools.million_tokens", *options.split(), "--work", tmp_path, "--out", out],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
         capture_output=True,
         text=True,

@@ -22,10 +22,10 @@ def test_a_store_in_another_form_is_the_same_store(tmp_path, of, into):
     assert np.array_equal(other.genes.loadings, store.genes.loadings)
 
 
-def test_there_and_back_has_the_same_bytes(small_store, tmp_path):
-    there = repack(small_store, tmp_path / "there", "webdataset")
+def test_there_and_back_has_the_same_bytes(tiny_store, tmp_path):
+    there = repack(tiny_store, tmp_path / "there", "webdataset")
     back = repack(there, tmp_path / "back", "zarr")
-    assert (back.path / "manifest.json").read_bytes() == (small_store.path / "manifest.json").read_bytes()
+    assert (back.path / "manifest.json").read_bytes() == (tiny_store.path / "manifest.json").read_bytes()
 
 
 def test_groups_come_along(tmp_path):
@@ -36,6 +36,6 @@ def test_groups_come_along(tmp_path):
     assert (again.names.tolist(), again.starts.tolist(), again.num_train) == (["b", "a"], [0, 10, 25], 1)
 
 
-def test_what_exists_is_not_replaced(small_store, tmp_path):
+def test_what_exists_is_not_replaced(tiny_store, tmp_path):
     with pytest.raises(DataError, match="exists: choose another place"):
-        repack(small_store, tmp_path, "webdataset")
+        repack(tiny_store, tmp_path, "webdataset")

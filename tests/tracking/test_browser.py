@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-_TOOL = Path(__file__).parents[2] / "tools" / "screenshot.py"
 _EVERY_CHART = {
     *(f"train/{name}" for name in ("loss", "learning_rate", "grad_norm", "tokens", "targets", "contexts")),
     *(f"validation/{name}" for name in ("nll", "gene_mean_nll", "difference")),
@@ -35,7 +34,7 @@ def test_the_page_of_a_run_draws_every_chart_and_its_restarts(
         pytest.skip(reason)
     run_dir = make_run((1, 130, None), (101, 220, "requeue"), (221, 300, "finished"))
     picture = tmp_path / "page.png"
-    command = [sys.executable, str(_TOOL), str(run_dir), str(picture), "--height=3100"]
+    command = [sys.executable, "-m", "tools.screenshot", str(run_dir), str(picture), "--height=3100"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
     shown = json.loads(done.stdout)
