@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -16,6 +15,8 @@ from cctrain.data.store.store import TokenStore
 from cctrain.tracking.journal import history, read_journal
 from cctrain.training.checkpoint_files import latest_checkpoint, step_of
 from cctrain.training.guards import read_outcome
+from tests.data.conftest import prepared, random_counts, write_h5ad
+from tests.data.stores import flip_a_bit
 from tests.trainer import Trainer, ended, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
@@ -98,15 +99,15 @@ def test_a_lost_worker_ends_the_run_with_one_message(trainer):
 
 
 def test_a_damaged_shard_ends_the_run_as_it_does_without_workers(trainer, tmp_path):
-    store = Path(shutil.copytree(trainer.store.path, tmp_path / "store"))
-    shard = store / "cells.zarr" / "X" / "indices" / "c" / "0"
-    content = bytearray(shard.read_bytes())
-    content[40] ^= 1
-    shard.write_bytes(content)
+    store = prepared(tmp_path / "store", write_h5ad(tmp_path / "cells.h5ad", random_counts(300, 800)))
+    shard = store.path / "cells.zarr" / "X" / "indices" / "c" / "0"
+    assert shard.stat().st_size > 2**16 + 100  # so its first bytes are looked at when they are read, not at opening
+    flip_a_bit(shard, 40)
     said = [
-        trainer.run(tmp_path / f"run-{workers}", 3, f"data.store={store}", f"data.workers={workers}")
+        trainer.run(tmp_path / f"run-{workers}", 3, f"data.store={store.path}", f"data.workers={workers}")
         for workers in (0, 2)
     ]
     errors = [[line for line in text.splitlines() if "the store is damaged" in line] for text in said]
     assert errors[0] == errors[1]
     assert len(errors[0]) == 1, said
+    assert str(shard) in errors[0][0]

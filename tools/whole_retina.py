@@ -8,8 +8,8 @@ a token and layer, 4 bytes · n · d · (depth + 1), more than a small machine h
 in temporary files in DIR/tissue, as many bytes.
 
 Measured are the time of the step, for every process its highest resident memory without the pages of those files,
-which are the kernel's to keep (RssAnon of /proc, twice a second), and the largest sum of the files. The exit code is 1
-unless the context held every token of every nucleus that was kept, and loss and gradient are finite.
+which are the kernel's to keep (RssAnon of /proc, ten times a second), and the largest sum of the files. The exit code
+is 1 unless the context held every token of every nucleus that was kept, and loss and gradient are finite.
 
 A step is 2.6e14 FLOPs, half an hour at 200 GFLOP/s. With --cells, a few nuclei are drawn, and the model is small.
 """
@@ -38,8 +38,8 @@ from tools.record import add_out, circumstances, keep
 CONFIG = "configs/tissue.yaml"
 GROUP = "donor_id"
 SHAPE = {"depth": 12, "width": 256, "heads": 4, "latents": 128}
-SMALL_SHAPE = {"depth": 2, "width": 32, "heads": 4, "latents": 8}
-SECONDS_BETWEEN_SAMPLES, SECONDS_BETWEEN_LINES = 0.5, 30.0
+SMALL_SHAPE = {"depth": 2, "width": 128, "heads": 4, "latents": 8}
+SECONDS_BETWEEN_SAMPLES, SECONDS_BETWEEN_LINES = 0.1, 30.0
 GIB = 2**30
 
 
@@ -68,7 +68,7 @@ def whole_store(work: Path, num_cells: int | None) -> TokenStore:
         if num_cells is not None:
             source = work / f"retina-{num_cells}.h5ad"
             anndata.read_h5ad(work / "retina" / "retina.h5ad")[:num_cells].write_h5ad(source)
-        run(["prepare", source, "--out", store, "--group-by", GROUP, "--held-out", "0"])
+        run(["prepare", source, "--out", store, "--group-by", GROUP])
     return open_store(store)
 
 
@@ -94,7 +94,7 @@ def one_step(store: TokenStore, arguments: argparse.Namespace, folder: Path) -> 
         "memory.offload": "disk",
         "memory.offload_dir": files,
         "run.dir": folder / "run",
-        "tracking.uri": folder / "mlflow",
+        "tracking.uri": f"sqlite:///{folder.resolve()}/mlflow.db",
     }
     words = [f"{key}={value}" for key, value in overrides.items()]
     command = [sys.executable, "-m", "cctrain", "train", CONFIG, *words, "--ranks", str(arguments.ranks)]

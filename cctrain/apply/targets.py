@@ -78,7 +78,7 @@ def draw_targets(
         drawn_counts.append(whole[is_target])
         seen_genes.append(expressed[visible])
         seen_counts.append(values[visible])
-        size_factor[i] = max(values[visible].sum(), 0.5) / share[measured & ~is_target].sum()
+        size_factor[i] = max(values[visible].sum(), 0.5) / (share[measured & ~is_target].sum() or 1.0)
     return TargetSet(
         contexts=np.repeat(np.arange(len(rows)), [len(genes) for genes in drawn_genes]),
         genes=_join(drawn_genes),

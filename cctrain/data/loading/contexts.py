@@ -182,8 +182,9 @@ def hide_visible(context: Context) -> Context:
 
 
 def visible_log_size_factor(share: np.ndarray, countable: np.ndarray, visible_counts: np.ndarray) -> float:
-    """log s; `countable` is bool (genes,): measured and not a target. A cell without visible counts has one half."""
-    return float(np.log(max(visible_counts.sum(), 0.5)) - np.log(share[countable].sum()))
+    """log s; `countable` is bool (genes,): measured and not a target. A cell without visible counts has one half, and
+    one whose measured genes all are targets counts as if it had all genes."""
+    return float(np.log(max(visible_counts.sum(), 0.5)) - np.log(share[countable].sum() or 1.0))
 
 
 def expected_size(rule: ContextRule, num_tokens: np.ndarray, measured: np.ndarray, source: np.ndarray) -> np.ndarray:

@@ -147,6 +147,13 @@ def test_a_cell_of_which_nothing_is_visible_has_a_finite_size_factor():
     assert np.exp(context.log_size_factors[0]) == pytest.approx(0.5 / 0.25)
 
 
+def test_a_cell_whose_measured_genes_all_are_targets_has_a_finite_size_factor():
+    rule = ContextRule(0, "training", np.array([1.0, 0.0]), np.array([0.75, 0.25]), 100)
+    context = build_context(rule, 0, 0, np.array([0]), np.array([4]), np.array([True, False]))
+    assert context.targets.tolist() == [0]
+    assert np.exp(context.log_size_factors[0]) == pytest.approx(0.5)
+
+
 def test_truncation_keeps_every_visible_token_equally_often():
     rule, counts = replace(a_rule(max_tokens=30), target_probability=np.zeros(NUM_GENES)), some_counts()
     kept, num = np.zeros(NUM_GENES), 1_000
