@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from cctrain.config import Config
-from cctrain.cost.closed_form import num_parameters
+from cctrain.cost.parameters import num_parameters
 from cctrain.launch.local import free_port, rank_environment
 from cctrain.model.transformer import Transformer
 from cctrain.parallel.mesh import Mesh, join_mesh

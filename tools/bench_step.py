@@ -48,7 +48,8 @@ import torch
 from torch import Tensor
 
 from cctrain.config import MemoryConfig, ModelConfig
-from cctrain.cost.closed_form import num_parameters, step_cost
+from cctrain.cost.parameters import num_parameters
+from cctrain.cost.step import step_cost
 from cctrain.model import attention
 from cctrain.model.activations import Activations
 from cctrain.model.tiles import TILE_TOKENS, cut_into_tiles

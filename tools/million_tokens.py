@@ -44,7 +44,8 @@ import torch
 import torch.distributed as dist
 
 from cctrain.config import Config, check_config
-from cctrain.cost.closed_form import num_parameters, step_cost
+from cctrain.cost.parameters import num_parameters
+from cctrain.cost.step import step_cost
 from cctrain.data.loading.batches import pack
 from cctrain.data.loading.contexts import Context, ContextRule, join, part_of
 from cctrain.data.loading.loader import Loader, RankStep, Share

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from cctrain.config import Config
-from cctrain.cost.closed_form import step_cost
+from cctrain.cost.step import step_cost
 from cctrain.data.loading.batches import Batch
 from cctrain.data.loading.loader import Loader, RankStep
 from cctrain.data.loading.order import Order

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from cctrain.config import Config
-from cctrain.cost.closed_form import num_parameters, step_cost
+from cctrain.cost.parameters import num_parameters
+from cctrain.cost.step import step_cost
 from cctrain.data.loading.loader import Loader
 from cctrain.data.store.store import TokenStore
 from cctrain.parallel.mesh import Mesh

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from cctrain.config import ModelConfig
-from cctrain.cost.closed_form import num_parameters
+from cctrain.cost.parameters import num_parameters
 from tools.bench_step import DENSE, depth_of_as_many_parameters, exponents, speed_ups
 
 

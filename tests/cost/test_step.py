@@ -1,0 +1,24 @@
+import pytest
+
+from cctrain.config import ModelConfig
+from cctrain.cost.flops import step_flops
+from cctrain.cost.step import step_cost
+
+
+def test_the_values_of_a_step_name_tokens_latents_and_the_share_of_attention():
+    config = ModelConfig(latents=32)
+    cost = step_cost(config, [100, 300], 40, checkpointing=False)
+    law = step_flops(config, [100, 300], 40, checkpointing=False)
+    assert cost == {
+        "cost/n": 200,
+        "cost/M": 32,
+        "cost/n_times_M": 200 * 32,
+        "cost/attention_flops": law.attention,
+        "cost/total_flops": law.total,
+        "cost/attention_share": pytest.approx(law.attention / law.total),
+    }
+
+
+def test_dense_attention_has_no_latents_to_name():
+    cost = step_cost(ModelConfig(attention="dense"), [100, 300], 40, checkpointing=False)
+    assert not {"cost/M", "cost/n_times_M"} & cost.keys()
