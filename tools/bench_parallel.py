@@ -5,23 +5,7 @@
 Starts C real processes (gloo, on this machine's cores), runs one criss-cross layer forward and backward on a context
 of n tokens whose slices they hold, and counts the bytes of every collective as PyTorch dispatches it. The layer runs
 with recomputation in backward, which must repeat no collective. Bytes are of one rank, one layer and one context;
-every rank sends as many as it receives. What a collective moves is computed by the bandwidth-optimal algorithms
-(Thakur, Rabenseifner and Gropp 2005; Patarasuk and Yuan 2009), whatever gloo or NCCL do in detail:
-
-    all-gather of s bytes from each rank    s · (C − 1)
-    all-reduce of s bytes                   2 · s · (C − 1) / C
-
-So a criss-cross layer with M latents, width d and H heads moves, in fp32,
-
-    forward     4 · M · (d + H) · (C − 1)         what the latents read, and its log-sum-exp, gathered (up to 8 ranks)
-    backward    8 · M · d · (C − 1) / C           the gradient of what they read, summed
-
-and beside it, for self-attention of the same width over n tokens, at b bytes an element (--element-bytes),
-
-    ring        forward     2 · b · n/C · d · (C − 1)        K and V travel round (Liu, Zaharia and Abbeel 2023)
-                backward    4 · b · n/C · d · (C − 1)        with dK and dV
-    Ulysses     forward     4 · b · n/C · d · (C − 1) / C    Q, K, V and the result change hands (Jacobs et al. 2023)
-                backward    the same                         their gradients
+every rank sends as many as it receives. The formulas, of ring attention and Ulysses too: cctrain/cost/traffic.py.
 """
 
 import argparse
@@ -36,6 +20,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cctrain.config import ModelConfig
+from cctrain.cost.traffic import READ, exchange_of_a_layer, ring_of_a_layer, sent, ulysses_of_a_layer
 from cctrain.launch.local import free_port, rank_environment
 from cctrain.model.activations import Activations
 from cctrain.model.layer import CrissCrossLayer
@@ -45,15 +31,6 @@ from cctrain.parallel.mesh import Mesh, join_mesh
 from tools.record import add_out, circumstances, keep
 
 MINUTES = 30  # that a start of ranks may take
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Of a layer whose latents are as wide as its tokens."""
-
-    width: int
-    heads: int
-    latents: int
 
 
 @dataclass(frozen=True)
@@ -68,30 +45,10 @@ class Traffic:
         return self.forward + self.backward
 
 
-def criss_cross(shape: Shape, num_ranks: int) -> Traffic:
-    return Traffic(
-        forward=_gathered(4 * shape.latents * (shape.width + shape.heads), num_ranks),
-        backward=_reduced(4 * shape.latents * shape.width, num_ranks),
-    )
-
-
-def ring(tokens: int, width: int, num_ranks: int, element_bytes: int) -> Traffic:
-    """The least: dK and dV set out one rank after K and V, so that they end at home; often they make a hop more."""
-    keys = element_bytes * tokens / num_ranks * width * (num_ranks - 1)
-    return Traffic(forward=2 * keys, backward=4 * keys)
-
-
-def ulysses(tokens: int, width: int, num_ranks: int, element_bytes: int) -> Traffic:
-    queries = element_bytes * tokens / num_ranks * width * (num_ranks - 1) / num_ranks
-    return Traffic(forward=4 * queries, backward=4 * queries)
-
-
-def _gathered(size: float, num_ranks: int) -> float:
-    return size * (num_ranks - 1)
-
-
-def _reduced(size: float, num_ranks: int) -> float:
-    return 2 * size * (num_ranks - 1) / num_ranks
+def criss_cross(model: ModelConfig, num_ranks: int) -> Traffic:
+    exchange = exchange_of_a_layer(model, 1, num_ranks)
+    forward = sum(collective.sent for collective in exchange if collective.purpose == READ)
+    return Traffic(forward, sum(collective.sent for collective in exchange) - forward)
 
 
 class TrafficCounter(TorchDispatchMode):
@@ -114,22 +71,22 @@ class TrafficCounter(TorchDispatchMode):
     def _bytes(self, collective: str, args: Any) -> float:
         if collective == "allreduce_":
             tensors, *_ = args
-            return _reduced(sum(tensor.nbytes for tensor in tensors), self.num_ranks)
+            return sent("all_reduce", sum(tensor.nbytes for tensor in tensors), self.num_ranks)
         if collective == "allgather_":
             _, mine, *_ = args
-            return _gathered(sum(tensor.nbytes for tensor in mine), self.num_ranks)
+            return sent("all_gather", self.num_ranks * sum(tensor.nbytes for tensor in mine), self.num_ranks)
         raise NotImplementedError(f"what a rank sends in {collective} is not known here: add its formula")
 
 
-def count_layer(shape: Shape, tokens: int, mesh: Mesh) -> Traffic:
+def count_layer(model: ModelConfig, tokens: int, mesh: Mesh) -> Traffic:
     """Run a layer on this rank's slice of a context of `tokens` tokens; all ranks of `mesh` call this, one row."""
     torch.manual_seed(0)
-    layer = CrissCrossLayer(shape.width, shape.width, shape.heads)
-    latents = torch.randn(1, shape.latents, shape.width, requires_grad=True)
+    layer = CrissCrossLayer(model.width, model.width, model.heads)
+    latents = torch.randn(1, model.latents, model.width, requires_grad=True)
     bounds = [tokens * rank // mesh.num_ranks for rank in (mesh.rank, mesh.rank + 1)]
     held = bounds[1] - bounds[0]
     cuts = cut_into_tiles([0, held], -(-tokens // TILE_TOKENS["cpu"]))
-    tiles = [torch.randn(cut.stop - cut.start, shape.width, requires_grad=True) for cut in cuts]
+    tiles = [torch.randn(cut.stop - cut.start, model.width, requires_grad=True) for cut in cuts]
     with TrafficCounter(mesh.num_ranks) as forward:
         new_tiles, new_latents = layer(tiles, latents, cuts, Activations(checkpointing=True), context_exchange(mesh))
     with TrafficCounter(mesh.num_ranks) as backward:
@@ -137,10 +94,10 @@ def count_layer(shape: Shape, tokens: int, mesh: Mesh) -> Traffic:
     return Traffic(forward.sent, backward.sent)
 
 
-def count_traffic(shape: Shape, lengths: list[int], num_ranks: int) -> list[list[Traffic]]:
+def count_traffic(model: ModelConfig, lengths: list[int], num_ranks: int) -> list[list[Traffic]]:
     """For each length, what each rank was counted to send; in one start of `num_ranks` processes."""
     port = free_port()
-    plan = json.dumps({"shape": asdict(shape), "lengths": lengths})
+    plan = json.dumps({"model": asdict(model), "lengths": lengths})
     command = [sys.executable, "-m", "tools.bench_parallel", plan]
     ranks = [
         subprocess.Popen(
@@ -164,9 +121,9 @@ def count_traffic(shape: Shape, lengths: list[int], num_ranks: int) -> list[list
 
 
 def be_a_rank(plan: dict[str, Any]) -> None:
-    shape = Shape(**plan["shape"])
+    model = ModelConfig(**plan["model"])
     with join_mesh(num_context_ranks=int(os.environ["WORLD_SIZE"])) as mesh:
-        print(json.dumps([asdict(count_layer(shape, tokens, mesh)) for tokens in plan["lengths"]]))
+        print(json.dumps([asdict(count_layer(model, tokens, mesh)) for tokens in plan["lengths"]]))
 
 
 def main() -> None:
@@ -179,20 +136,24 @@ def main() -> None:
     parser.add_argument("--element-bytes", type=int, default=2, help="b, of ring and Ulysses; 2 is bf16")
     add_out(parser)
     arguments = parser.parse_args()
-    shape = Shape(arguments.width, arguments.heads, arguments.latents)
+    shape = {key: getattr(arguments, key) for key in ("width", "heads", "latents")}
+    model = ModelConfig(**shape)
     print(
-        f"Bytes that a rank sends for one layer, forward and backward; width {shape.width}, {shape.heads} heads, "
-        f"{shape.latents} latents\n"
+        f"Bytes that a rank sends for one layer, forward and backward; width {model.width}, {model.heads} heads, "
+        f"{model.latents} latents\n"
         f"{'C':>3} {'n':>10} {'criss-cross':>14} {'computed':>14} {'ring':>16} {'Ulysses':>16}",
         flush=True,
     )
     rows = []
     for num_ranks in arguments.ranks:
-        counts = count_traffic(shape, arguments.lengths, num_ranks)
+        counts = count_traffic(model, arguments.lengths, num_ranks)
         for tokens, counted in zip(arguments.lengths, counts, strict=True):
             busiest = max(counted, key=lambda traffic: traffic.total)
-            computed = criss_cross(shape, num_ranks)
-            others = [law(tokens, shape.width, num_ranks, arguments.element_bytes) for law in (ring, ulysses)]
+            computed = criss_cross(model, num_ranks)
+            others = [
+                Traffic(*law(tokens, model.width, num_ranks, arguments.element_bytes))
+                for law in (ring_of_a_layer, ulysses_of_a_layer)
+            ]
             print(
                 f"{num_ranks:>3} {tokens:>10,} {busiest.total:>14,.0f} {computed.total:>14,.0f} "
                 f"{others[0].total:>16,.0f} {others[1].total:>16,.0f}",
@@ -210,7 +171,7 @@ def main() -> None:
             )
     result = {
         "bytes_sent_by_a_rank_for_a_layer": rows,
-        "shape": asdict(shape),
+        "shape": shape,
         "element_bytes_of_ring_and_ulysses": arguments.element_bytes,
         **circumstances("torch"),
     }

@@ -11,6 +11,7 @@ With V genes, width d, latent width d_l, M latents and e signs that tell a cell,
     dense: token projections 4 · d² + d a layer, no latents
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from cctrain.config import ModelConfig
@@ -62,6 +63,11 @@ def parameters_by_component(model: ModelConfig, num_genes: int) -> dict[str, int
 
 def num_parameters(model: ModelConfig, num_genes: int) -> int:
     return sum(parameters_by_component(model, num_genes).values())
+
+
+def parameters_of_a_layer(model: ModelConfig) -> int:
+    deeper = replace(model, depth=model.depth + 1)
+    return num_parameters(deeper, num_genes=0) - num_parameters(model, num_genes=0)
 
 
 def _mlp(component: str, width: int, depth: int) -> list[Tensors]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from cctrain.config import Config
+from cctrain.cost.parameters import parameters_of_a_layer
 from cctrain.errors import UsageError
 from cctrain.model.kernels.choice import choose
 from cctrain.model.transformer import Transformer, gene_tables, last_of_each_branch
@@ -56,7 +57,14 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.training.clip,
-        "zero_optimization": {"stage": config.parallel.zero_stage, "overlap_comm": False},
+        "zero_optimization": {
+            "stage": config.parallel.zero_stage,
+            "overlap_comm": False,
+            # Stage 3: a layer's weights stay whole while its tiles pass, and no longer. By default they would all stay
+            # that come again within a billion numbers, and every call of every module looks that far ahead: with 400
+            # tiles, most of a step's time.
+            "stage3_max_reuse_distance": parameters_of_a_layer(config.model),
+        },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }

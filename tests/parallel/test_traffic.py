@@ -4,17 +4,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from cctrain.config import ModelConfig
 from cctrain.parallel.mesh import join_mesh
-from tools.bench_parallel import Shape, Traffic, TrafficCounter, count_traffic, ring, ulysses
+from tools.bench_parallel import Traffic, TrafficCounter, count_traffic, criss_cross
 
 WIDTH, HEADS, LATENTS = 8, 1, 4
+MODEL = ModelConfig(width=WIDTH, heads=HEADS, latents=LATENTS)
 LENGTHS = [4096, 262_144]
 
 
 @pytest.fixture(scope="module")
 def counted() -> list[list[Traffic]]:
     """By length, of each of two ranks."""
-    return count_traffic(Shape(WIDTH, HEADS, LATENTS), LENGTHS, num_ranks=2)
+    return count_traffic(MODEL, LENGTHS, num_ranks=2)
 
 
 @pytest.mark.processes
@@ -29,6 +31,7 @@ def test_two_ranks_send_what_the_latents_read_and_its_gradient_once_each(counted
     backward = LATENTS * WIDTH * 4  # half of the gradient, and half of the sum
     for by_rank in counted:
         assert by_rank == [Traffic(forward, backward)] * 2
+    assert criss_cross(MODEL, 2) == Traffic(forward, backward)
 
 
 def test_a_collective_that_cannot_be_counted_is_an_error():
@@ -42,11 +45,3 @@ def test_collectives_are_counted_by_what_the_best_algorithms_send():
         assert counter.sent == 2 * 800 * 7 / 8
         dist.all_gather([torch.zeros(10)], torch.zeros(10))
         assert counter.sent == 2 * 800 * 7 / 8 + 40 * 7
-
-
-def test_ring_attention_and_ulysses_move_what_their_authors_say():
-    tokens, width, ranks = 12, 5, 3  # each holds 4 tokens: 20 numbers of Q, K, V or the result
-    assert ring(tokens, width, ranks, element_bytes=2) == Traffic(forward=2 * 20 * 2 * 2, backward=4 * 20 * 2 * 2)
-    # Of the numbers it holds, a rank keeps a third and sends the rest.
-    assert ulysses(tokens, width, ranks, element_bytes=2).forward == pytest.approx(4 * 20 * 2 * 2 / 3)
-    assert ulysses(tokens, width, ranks, element_bytes=2).backward == pytest.approx(4 * 20 * 2 * 2 / 3)

@@ -104,7 +104,8 @@ def runs(
     """Four ranks in rows of 1, 2 and 4: every stage × recomputation × accumulation."""
     cases = []
     for stage in STAGES:
-        base = (*zero(stage), *SHORT, f"parallel.context={request.param}")
+        # As many tiles pass as a micro-batch could hold: 400 of 40 tokens by default.
+        base = (*zero(stage), *SHORT, f"parallel.context={request.param}", "data.micro_batch_tokens=400")
         longest = f"data.micro_batch_tokens={reference.longest_slice(request.param)}"  # so there are several a step
         cases += [
             Case(f"{stage}-once-kept", base),

@@ -1,0 +1,108 @@
+"""What a rank sends over the network in a training step, by collective, from the configuration alone.
+
+What a collective sends follows from its payload by the bandwidth-optimal algorithms (Thakur, Rabenseifner and Gropp
+2005; Patarasuk and Yuan 2009), whatever gloo or NCCL do in detail; a rank receives as many bytes as it sends. Of W
+ranks, for a payload of s bytes,
+
+    all-gather      s: what every rank has in the end            s · (W − 1) / W
+    reduce-scatter  s: what every rank had before                s · (W − 1) / W
+    all-reduce      s: what every rank had, and has in the end   2 · s · (W − 1) / W
+
+Context ranks, C for each context, exchange what its M latents read, however many its tokens, in fp32. With k contexts
+in a micro-batch, width d and H heads, a layer
+
+    forward     all-gathers C · 4 · k · M · (d + H)
+                beyond 8 ranks: all-reduces 4 · k · M · H, the largest log-sum-exp, and 4 · k · M · (d + H), the sums
+    backward    all-reduces 4 · k · M · d
+
+ZeRO, among all ranks, with P parameters of b bytes and A micro-batches in a step,
+
+    stage 0     all-reduces b · P once
+    stage 1     all-reduces b · P once, all-gathers b · P once
+    stage 2     all-reduces b · P A times, all-gathers b · P once
+    stage 3     reduce-scatters b · P A times; all-gathers parameters of 100,000 numbers or more A times, the smaller
+                ones once. Of a model of more than 50 million numbers, which is more than is fetched ahead, layers do
+                not stay from forward to backward: 2 · A times, the last ones less often.
+
+Not counted: the few numbers about a step that ranks tell each other, and what fills tensors up to a multiple of the
+ranks. Ring attention and Ulysses, which share a context by sending its tokens, are here to be compared with.
+"""
+
+from dataclasses import dataclass
+
+from cctrain.config import ModelConfig
+from cctrain.cost.parameters import parameter_tensors
+
+READ = "read"
+SENT = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2}  # times s · (W − 1) / W
+MOST_RANKS_TO_GATHER = 8  # as model/merge has it
+# DeepSpeed's stage3_param_persistence_threshold and stage3_prefetch_bucket_size, in numbers.
+PERSISTENT_BELOW, FETCHED_AHEAD = 100_000, 50_000_000
+
+
+@dataclass(frozen=True)
+class Collective:
+    """`times` calls of an operation in SENT among `ranks` ranks, each with a payload of so many bytes."""
+
+    purpose: str
+    operation: str
+    payload: float
+    ranks: int
+    times: int = 1
+
+    @property
+    def sent(self) -> float:
+        return self.times * sent(self.operation, self.payload, self.ranks)
+
+
+def sent(operation: str, payload: float, ranks: int) -> float:
+    """Bytes that a rank sends in one call."""
+    return SENT[operation] * payload * (ranks - 1) / ranks
+
+
+def exchange_of_a_layer(model: ModelConfig, contexts: int, ranks: int) -> list[Collective]:
+    """Of a micro-batch of so many contexts, each shared by `ranks` ranks, forward and backward; none if that is 1."""
+    if ranks == 1 or model.attention == "dense":
+        return []
+    read, logs = (4 * contexts * model.latents * numbers for numbers in (model.width, model.heads))
+    forward = (
+        [Collective(READ, "all_gather", ranks * (read + logs), ranks)]
+        if ranks <= MOST_RANKS_TO_GATHER
+        else [Collective(READ, "all_reduce", logs, ranks), Collective(READ, "all_reduce", read + logs, ranks)]
+    )
+    return [*forward, Collective("gradient of the read", "all_reduce", read, ranks)]
+
+
+def zero(
+    model: ModelConfig, num_genes: int, stage: int, element_bytes: int, ranks: int, micro_batches: int
+) -> list[Collective]:
+    """Of one step, among all ranks; `element_bytes` of weights and gradients, 2 in half precision."""
+    if ranks == 1:
+        return []
+    tensors = parameter_tensors(model, num_genes)
+    total = element_bytes * sum(size * number for _, size, number in tensors)
+    if stage < 3:
+        gradients = Collective("gradients", "all_reduce", total, ranks, micro_batches if stage == 2 else 1)
+        return [gradients] if stage == 0 else [gradients, Collective("parameters", "all_gather", total, ranks)]
+    small = element_bytes * sum(size * number for _, size, number in tensors if size < PERSISTENT_BELOW)
+    passes = 2 if total > element_bytes * FETCHED_AHEAD else 1
+    return [
+        Collective("gradients", "reduce_scatter", total, ranks, micro_batches),
+        Collective("parameters", "all_gather", total - small, ranks, passes * micro_batches),
+        Collective("small parameters", "all_gather", small, ranks),
+    ]
+
+
+def ring_of_a_layer(tokens: int, width: int, ranks: int, element_bytes: int) -> tuple[float, float]:
+    """Bytes sent forward and backward: K and V travel round (Liu, Zaharia and Abbeel 2023), then with dK and dV.
+
+    The least: dK and dV set out one rank after K and V, so that they end at home; often they make a hop more.
+    """
+    keys = element_bytes * tokens / ranks * width * (ranks - 1)
+    return 2 * keys, 4 * keys
+
+
+def ulysses_of_a_layer(tokens: int, width: int, ranks: int, element_bytes: int) -> tuple[float, float]:
+    """Bytes sent forward and backward: Q, K, V and the result change hands (Jacobs et al. 2023), then gradients."""
+    queries = element_bytes * tokens / ranks * width * (ranks - 1) / ranks
+    return 4 * queries, 4 * queries

@@ -1,0 +1,109 @@
+"""What ranks send: the formulas beside the collectives that they made."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from cctrain.config import ModelConfig
+from cctrain.cost.parameters import num_parameters, parameter_tensors
+from cctrain.cost.traffic import (
+    FETCHED_AHEAD,
+    MOST_RANKS_TO_GATHER,
+    PERSISTENT_BELOW,
+    SENT,
+    Collective,
+    exchange_of_a_layer,
+    ring_of_a_layer,
+    sent,
+    ulysses_of_a_layer,
+    zero,
+)
+from cctrain.data.store.store import TokenStore
+from cctrain.launch.local import free_port, rank_environment
+from cctrain.model.merge import MOST_SHARDS_TO_GATHER
+from tests.data.conftest import prepared, random_counts, write_h5ad
+
+RANKS = 2
+# Some of its matrices are large enough to be gathered for every micro-batch under ZeRO 3.
+MODEL = ModelConfig(width=160, depth=3, heads=2, latents=4)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
+    """Of 48 genes, so that no tensor is filled up to a multiple of the ranks."""
+    folder = tmp_path_factory.mktemp("even")
+    return prepared(folder / "store", write_h5ad(folder / "cells.h5ad", random_counts(40, 48)))
+
+
+@pytest.fixture(scope="module")
+def steps(store: TokenStore) -> list[dict]:
+    port, plan = free_port(), json.dumps({"store": str(store.path), "model": asdict(MODEL)})
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, Path(__file__).parent / "zero_worker.py", plan],
+            env=rank_environment(rank, RANKS, port) | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(RANKS)
+    ]
+    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * RANKS
+    return json.loads(outputs[0].splitlines()[-1])
+
+
+@pytest.mark.processes
+def test_zero_sends_what_the_formulas_say(steps, store):
+    assert {step["stage"] for step in steps} == {0, 1, 2, 3}
+    num_genes = len(store.genes.ids)
+    assert any(size >= PERSISTENT_BELOW for _, size, _ in parameter_tensors(MODEL, num_genes))
+    for step in steps:
+        assert step["micro_batches"] > 1
+        element_bytes = 4 if step["precision"] == "fp32" else 2
+        law = zero(MODEL, num_genes, step["stage"], element_bytes, RANKS, step["micro_batches"])
+        assert {operation for operation, _ in step["collectives"]} <= SENT.keys()
+        for operation in SENT:
+            counted = sum(payload for made, payload in step["collectives"] if made == operation)
+            computed = sum(one.payload * one.times for one in law if one.operation == operation)
+            assert counted == computed, (step["stage"], step["precision"], operation)
+
+
+def test_one_rank_sends_nothing():
+    assert zero(MODEL, 50, 3, 4, ranks=1, micro_batches=2) == exchange_of_a_layer(MODEL, 5, ranks=1) == []
+    assert sent("all_reduce", 100, ranks=1) == 0
+
+
+def test_a_model_that_does_not_stay_whole_is_gathered_for_forward_and_for_backward():
+    large = ModelConfig(width=1024, depth=3)
+    assert num_parameters(large, 20_000) > FETCHED_AHEAD
+    _, gathered, _ = zero(large, 20_000, 3, 2, ranks=8, micro_batches=3)
+    assert gathered.times == 6
+
+
+def test_up_to_eight_ranks_gather_what_latents_read_and_more_of_them_reduce_it():
+    assert MOST_RANKS_TO_GATHER == MOST_SHARDS_TO_GATHER
+    model = ModelConfig(width=8, heads=2, latents=3)
+    out, logs = 4 * 5 * 3 * 8, 4 * 5 * 3 * 2  # bytes, of 5 contexts
+    backward = Collective("gradient of the read", "all_reduce", out, 8)
+    assert exchange_of_a_layer(model, 5, 8) == [Collective("read", "all_gather", 8 * (out + logs), 8), backward]
+    maximum, sums, _ = exchange_of_a_layer(model, 5, 9)
+    assert (maximum.operation, maximum.payload) == ("all_reduce", logs)
+    assert (sums.operation, sums.payload) == ("all_reduce", out + logs)
+
+
+def test_collectives_send_what_the_best_algorithms_send():
+    assert sent("all_reduce", 800, 8) == 2 * 800 * 7 / 8
+    assert sent("all_gather", 8 * 40, 8) == 40 * 7
+    assert sent("reduce_scatter", 800, 8) == 800 * 7 / 8
+    assert Collective("", "all_gather", 320, 8, times=3).sent == 3 * 40 * 7
+
+
+def test_ring_attention_and_ulysses_move_what_their_authors_say():
+    tokens, width, ranks = 12, 5, 3  # each holds 4 tokens: 20 numbers of Q, K, V or the result
+    assert ring_of_a_layer(tokens, width, ranks, element_bytes=2) == (2 * 20 * 2 * 2, 4 * 20 * 2 * 2)
+    # Of the numbers it holds, a rank keeps a third and sends the rest.
+    assert ulysses_of_a_layer(tokens, width, ranks, element_bytes=2) == pytest.approx((4 * 20 * 2 * 2 / 3,) * 2)

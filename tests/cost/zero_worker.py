@@ -1,0 +1,77 @@
+"""One of several ranks: takes a training step under every ZeRO stage, and tells which collectives the ranks made.
+
+Argument: a JSON object with the store and the model's configuration. Prints for each stage and precision the
+operation and the payload of every collective of a step.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cctrain.config import Config, ModelConfig
+from cctrain.data.loading.loader import Loader
+from cctrain.data.store.store import open_store
+from cctrain.parallel.mesh import Mesh, join_mesh
+from cctrain.training.data import resolve, share_of, training_order, training_rule
+from cctrain.training.engine import build_engine
+from cctrain.training.loop import train_step
+from cctrain.training.train import build_model
+
+# DeepSpeed's, and which argument holds the payload as cctrain.cost.traffic counts it.
+OPERATIONS = {
+    "allreduce_": ("all_reduce", 0),
+    "_allgather_base_": ("all_gather", 0),
+    "_reduce_scatter_base_": ("reduce_scatter", 1),
+}
+# Numbers about a step: how many targets it has, whether its gradient is finite, its norm.
+ABOUT_A_STEP, LARGEST_ABOUT_A_STEP = "allgather_", 8  # an operation; bytes of others
+GLOBAL_BATCH, MICRO_BATCH_TOKENS = 8, 100
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d" and func.overloadpacket.__name__ != ABOUT_A_STEP:
+            name = func.overloadpacket.__name__
+            operation, which = OPERATIONS.get(name, (name, 0))  # the test knows none but these
+            if (payload := size_of(args[which])) > LARGEST_ABOUT_A_STEP:
+                self.seen.append((operation, payload))
+        return func(*args, **(kwargs or {}))
+
+
+def size_of(argument: Any) -> int:
+    return argument.nbytes if isinstance(argument, Tensor) else sum(map(size_of, argument))
+
+
+def steps(store_path: str, model: dict[str, Any], mesh: Mesh) -> Iterator[dict[str, Any]]:
+    store = open_store(store_path)
+    for stage in range(4):
+        for precision in ("fp32", "bf16"):
+            config = Config(model=ModelConfig(**model))
+            config.data.store, config.data.micro_batch_tokens = store_path, MICRO_BATCH_TOKENS
+            config.training.precision, config.parallel.zero_stage = precision, stage
+            config = resolve(config, store)
+            engine = build_engine(build_model(config, store, mesh), config, mesh)
+            loader = Loader(store, training_rule(config, store), share_of(mesh), MICRO_BATCH_TOKENS)
+            order = training_order(config, loader)
+            for number in (1, 2):  # the first one makes what stays
+                rank_step = loader.step(order, GLOBAL_BATCH, GLOBAL_BATCH * (number - 1))
+                with Recorder() as recorder:
+                    train_step(engine, config, mesh, rank_step, number, list)
+            batches = len(rank_step.batches)
+            yield {"stage": stage, "precision": precision, "micro_batches": batches, "collectives": recorder.seen}
+
+
+if __name__ == "__main__":
+    plan = json.loads(sys.argv[1])
+    with join_mesh() as mesh:
+        found = list(steps(plan["store"], plan["model"], mesh))
+        if mesh.is_first:
+            print(json.dumps(found))
