@@ -190,7 +190,8 @@ class _ShardedArray:
             for first, last in _adjacent(spans):
                 read = self._decompress if self.compressed else self._copy
                 read(descriptor, spans[first:last], places[first:last])
-        end[:] = places[-1][: len(end)]
+        if places[-1] is not end:
+            end[:] = places[-1][: len(end)]
 
     def _decompress(self, descriptor: int, spans: list[tuple[int, int]], places: list[np.ndarray]) -> None:
         (first, _), (last, length) = spans[0], spans[-1]
