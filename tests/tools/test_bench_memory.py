@@ -15,7 +15,6 @@ def row(tokens: int, depth: int, offload: str) -> dict[str, Any]:
     return measured
 
 
-@pytest.mark.representative
 def test_with_checkpoints_on_the_host_the_peak_does_not_grow_with_depth():
     shallow, deep = row(65_536, 3, "host"), row(65_536, 9, "host")
     assert deep["on_host"] == 3 * shallow["on_host"]

@@ -35,7 +35,8 @@ def test_the_page_of_a_run_draws_every_chart_and_its_restarts(
     run_dir = make_run((1, 130, None), (101, 220, "requeue"), (221, 300, "finished"))
     picture = tmp_path / "page.png"
     command = [sys.executable, "-m", "tools.screenshot", str(run_dir), str(picture), "--height=3100"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
     shown = json.loads(done.stdout)
     assert set(shown["charts"]) == _EVERY_CHART

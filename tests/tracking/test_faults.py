@@ -289,7 +289,7 @@ def test_a_run_of_two_minutes_beside_a_server_that_takes_ten_seconds_a_call_arri
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize("lose", ["request", pytest.param("answer", marks=pytest.mark.representative)])
+@pytest.mark.parametrize("lose", ["request", "answer"])
 def test_a_sync_that_breaks_off_at_any_call_is_made_good_by_the_next(
     make_run: MakeRun, server: str, lose: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

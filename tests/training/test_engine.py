@@ -12,9 +12,11 @@ from cctrain.training.engine import _optimizer, build_engine, deepspeed_config, 
 CPU = Mesh(rank=0, num_ranks=1, device=torch.device("cpu"))
 
 
+SHAPE = ModelConfig(width=8, depth=1, heads=2, latents=2)
+
+
 def tiny_model() -> Transformer:
-    shape = ModelConfig(width=8, depth=1, heads=2, latents=2)
-    return Transformer(shape, torch.full((5,), 0.2), torch.ones(5))
+    return Transformer(SHAPE, torch.full((5,), 0.2), torch.ones(5))
 
 
 def test_clipping_is_always_told_because_deepspeed_has_a_default_of_its_own():
@@ -54,11 +56,20 @@ def test_a_backend_that_cannot_run_here_is_refused_before_anything_is_written():
 
 def test_keys_of_the_deepspeed_section_win_and_the_others_stay():
     config = Config()
+    ours = deepspeed_config(config)["zero_optimization"]
     config.deepspeed = {"zero_optimization": {"overlap_comm": True}, "wall_clock_breakdown": True}
     derived = deepspeed_config(config)
-    assert derived["zero_optimization"] == {"stage": 1, "overlap_comm": True}
+    assert derived["zero_optimization"] == {**ours, "overlap_comm": True}
     assert derived["wall_clock_breakdown"] is True
-    assert deepspeed_config(Config())["zero_optimization"]["overlap_comm"] is False
+    assert ours["stage"] == 1
+    assert ours["overlap_comm"] is False
+
+
+def test_zero_3_keeps_weights_for_the_length_of_a_layer():
+    model = tiny_model()
+    [numbers] = {sum(parameter.numel() for parameter in layer.parameters()) for layer in model.layers}
+    config = Config(model=SHAPE)
+    assert deepspeed_config(config)["zero_optimization"]["stage3_max_reuse_distance"] == numbers
 
 
 def test_matrices_decay_and_vectors_and_tables_do_not():
