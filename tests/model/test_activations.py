@@ -60,6 +60,21 @@ def test_what_a_stage_begins_with_leaves_the_device_until_backward():
     assert parked.copied is None
 
 
+@pytest.mark.parametrize("offload", ["device", "host", "disk"])
+def test_freed_memory_is_given_back_in_forward_and_in_backward_where_checkpoints_wait_elsewhere(
+    offload, tmp_path, monkeypatch
+):
+    given_back: list[None] = []
+    monkeypatch.setattr(activations, "give_back_freed_memory", lambda: given_back.append(None))
+    monkeypatch.setattr(activations, "MUCH", 1)
+    model = random_model(small_config("criss_cross"), memory=MemoryConfig(True, offload, offload_dir=str(tmp_path)))
+    loss = torch.cat(model(random_inputs([12, 30]))).sin().sum()
+    in_forward = len(given_back)
+    loss.backward()
+    assert (in_forward >= len(model.layers)) == (offload != "device")
+    assert (len(given_back) - in_forward >= len(model.layers)) == (offload != "device")
+
+
 def test_two_stages_of_a_layer_that_begin_with_one_tensor_send_it_once():
     kept, x = Activations(checkpointing=True, offload="host"), torch.randn(9, 16, requires_grad=True)
     with kept.layer():
