@@ -1,6 +1,6 @@
 """What `tools/fuzz.py` makes of inputs, that its judgement can fail, and a run of 20 mutants.
 
-`tools/fuzz.py --mutants 200` is the long version. A failure prints the mutant's id, and the seed is here.
+`python -m tools.fuzz --mutants 200` is the long version. A failure prints the mutant's id, and the seed is here.
 """
 
 import hashlib
