@@ -16,8 +16,8 @@ Backward is twice forward: a gradient of the weights and one of the inputs, whic
 attention kernels compute the scores once more there, 2.5 times forward. Checkpointing repeats the forward of the
 layers, but for the read, whose result is kept, and for the last product of each stage, which backward does not need.
 
-The last products are left out by the early stop of torch's checkpointing. In a process where DeepSpeed has made an
-engine more is recomputed than this, which is not counted yet.
+The last products are left out by the early stop of torch's checkpointing. In a process that has used DeepSpeed they
+have been seen to be repeated, which is not counted yet.
 
 Products of matrices count, and of the optimizer every operation. Not counted: norms, activations, what the head does
 with a target's vector, the loss, the projection of a cell's signs (once a cell); and that every context rank repeats
