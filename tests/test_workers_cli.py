@@ -75,7 +75,6 @@ def to_all(number: int) -> Callable[[subprocess.Popen], None]:
     return lambda process: os.killpg(process.pid, number)
 
 
-@pytest.mark.representative
 def test_asked_to_stop_it_saves_and_goes_on_to_the_history_of_a_run_without_workers(trainer, alone):
     run_dir = trainer.folder / "helped"
     saved = []

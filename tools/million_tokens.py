@@ -170,7 +170,9 @@ def one_context(store: TokenStore, rule: ContextRule, num_tokens: int) -> Contex
 
 def predict(config: Config, context: Context, parameters: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """The floor of a step's time, and its memory on each number of ranks."""
-    cost = step_cost(config.model, [arguments.tokens], len(context.targets), config.memory.checkpointing)
+    cost = step_cost(
+        config.model, [arguments.tokens], len(context.targets), config.memory.checkpointing, config.parallel.zero_stage
+    )
     flops, rate = cost["cost/total_flops"], matmul_rate(arguments.threads)
     streams = 4 * arguments.tokens * config.model.width * (config.model.depth + 2)
     process = resident("VmRSS")

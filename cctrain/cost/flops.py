@@ -15,16 +15,15 @@ that the rank holds (AdamW: 1 for decay, 3 + 4 for the moments, 6 for the step).
 Backward is twice forward: a gradient of the weights and one of the inputs, which the count features do not need. The
 attention kernels compute the scores once more there, 2.5 times forward. Checkpointing repeats the forward of the
 layers, but for the read, whose result is kept, and for the last product of each stage, which backward does not need.
-
-The last products are left out by the early stop of torch's checkpointing. In a process that has used DeepSpeed they
-have been seen to be repeated, which is not counted yet.
+Under ZeRO 3 that is repeated too: torch stops when everything that backward needs is there, and DeepSpeed's linear
+layer says what it needs only after its product.
 
 Products of matrices count, and of the optimizer every operation. Not counted: norms, activations, what the head does
 with a target's vector, the loss, the projection of a cell's signs (once a cell); and that every context rank repeats
 the latents' part.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from cctrain.config import ModelConfig
 
@@ -78,10 +77,15 @@ class StepFlops:
         return {name: sum(part[name] for part in parts) for name in parts[0]}
 
 
-def step_flops(model: ModelConfig, tokens: list[int], targets: int, checkpointing: bool) -> StepFlops:
+def step_flops(
+    model: ModelConfig, tokens: list[int], targets: int, checkpointing: bool = False, zero_stage: int = 0
+) -> StepFlops:
     """Contexts with these numbers of tokens, and `targets` targets in all."""
-    forward = forward_flops(model, tokens, targets)
-    recomputation = _recomputation(model, forward, len(tokens)) if checkpointing else Flops()
+    forward, recomputation = forward_flops(model, tokens, targets), Flops()
+    if checkpointing:
+        recomputation = replace(forward, read=0.0)
+        if zero_stage < 3:
+            recomputation = _without_last_products(model, recomputation, len(tokens))
     return StepFlops(forward, _backward(model, forward, sum(tokens)), recomputation)
 
 
@@ -119,16 +123,8 @@ def _backward(model: ModelConfig, forward: Flops, n: int) -> Flops:
     )
 
 
-def _recomputation(model: ModelConfig, forward: Flops, num_contexts: int) -> Flops:
-    width, latent_width = model.width, model.latent_width or model.width
-    # Of a latent's projections, the query of the read and the value of the write end their stages.
-    of_a_latent = 4 * width * latent_width + 16 * latent_width**2 if model.attention == "criss_cross" else 0
-    return Flops(
-        embedding=forward.embedding,
-        write=forward.write,
-        self_attention=forward.self_attention,
-        token_projections=forward.token_projections,
-        token_mlp=forward.token_mlp / 2,
-        latents=model.depth * num_contexts * model.latents * of_a_latent,
-        head=forward.head,
-    )
+def _without_last_products(model: ModelConfig, recomputation: Flops, num_contexts: int) -> Flops:
+    """Of the token MLP the second product; of the latents' projections the read's query and the write's value."""
+    of_a_latent = 4 * model.width * (model.latent_width or model.width) if model.attention == "criss_cross" else 0
+    latents = recomputation.latents - model.depth * num_contexts * model.latents * of_a_latent
+    return replace(recomputation, token_mlp=recomputation.token_mlp / 2, latents=latents)

@@ -4,12 +4,15 @@ from cctrain.config import ModelConfig
 from cctrain.cost.flops import step_flops
 
 
-def step_cost(model: ModelConfig, tokens: list[int], targets: int, checkpointing: bool) -> dict[str, float]:
+def step_cost(
+    model: ModelConfig, tokens: list[int], targets: int, checkpointing: bool = False, zero_stage: int = 0
+) -> dict[str, float]:
     """The `cost/…` values of one training step over contexts with these numbers of tokens.
 
     n is the mean number of tokens of a context; FLOPs are of forward, backward and recomputation together.
     """
-    flops, n = step_flops(model, tokens, targets, checkpointing), sum(tokens) / len(tokens)
+    flops = step_flops(model, tokens, targets, checkpointing, zero_stage)
+    n = sum(tokens) / len(tokens)
     cost = {
         "cost/n": n,
         "cost/attention_flops": flops.attention,

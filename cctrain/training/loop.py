@@ -141,7 +141,7 @@ def train_step(
         "accumulation": len(rank_step.batches),
         "packing_efficiency": packing_efficiency(slices[:, 2], slices[:, 4], slices[:, 5], mesh.num_ranks),
         "samples": samples_digest(counts[:, :2].cpu().numpy()),
-        **step_cost(config.model, tokens, step_targets, config.memory.checkpointing),
+        **step_cost(config.model, tokens, step_targets, config.memory.checkpointing, config.parallel.zero_stage),
     }
     position = rank_step.position + rank_step.num_contexts
     return StepResult(step, position, counts[:, 1].tolist(), applied, agreed, values)

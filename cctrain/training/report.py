@@ -80,7 +80,9 @@ def plan(config: Config, mesh: Mesh, store: TokenStore, loader: Loader) -> list[
     cells_each = store.num_train / samples.num_train
     mean_tokens, mean_targets = cells_each * (float(visible.mean()) + mean_targets), cells_each * mean_targets
     contexts = config.training.steps * config.data.global_batch
-    cost = step_cost(config.model, [round(mean_tokens)], round(mean_targets), config.memory.checkpointing)
+    cost = step_cost(
+        config.model, [round(mean_tokens)], round(mean_targets), config.memory.checkpointing, config.parallel.zero_stage
+    )
     parameters = num_parameters(config.model, len(store.genes.ids))
     shards = mesh.num_ranks
     stage = config.parallel.zero_stage

@@ -7,8 +7,8 @@ from cctrain.cost.step import step_cost
 
 def test_the_values_of_a_step_name_tokens_latents_and_the_share_of_attention():
     config = ModelConfig(latents=32)
-    cost = step_cost(config, [100, 300], 40, checkpointing=False)
-    law = step_flops(config, [100, 300], 40, checkpointing=False)
+    cost = step_cost(config, [100, 300], 40)
+    law = step_flops(config, [100, 300], 40)
     assert cost == {
         "cost/n": 200,
         "cost/M": 32,
@@ -20,5 +20,5 @@ def test_the_values_of_a_step_name_tokens_latents_and_the_share_of_attention():
 
 
 def test_dense_attention_has_no_latents_to_name():
-    cost = step_cost(ModelConfig(attention="dense"), [100, 300], 40, checkpointing=False)
+    cost = step_cost(ModelConfig(attention="dense"), [100, 300], 40)
     assert not {"cost/M", "cost/n_times_M"} & cost.keys()

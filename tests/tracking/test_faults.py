@@ -383,7 +383,6 @@ def test_a_training_finishes_with_a_whole_journal_and_one_warning_whatever_the_s
 
 
 @pytest.mark.slow
-@pytest.mark.representative
 def test_a_training_that_is_killed_and_resumed_is_one_run_in_mlflow_with_each_step_once(
     tiny_store: TokenStore, tmp_path: Path, server: str
 ) -> None:
