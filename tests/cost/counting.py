@@ -1,10 +1,11 @@
-"""FLOPs that PyTorch really ran, by the operators it dispatched; and small models to count them of."""
+"""What PyTorch really did: FLOPs by the operators it dispatched, bytes by its allocations; and small models for it."""
 
 from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from cctrain.config import MemoryConfig, ModelConfig
@@ -51,11 +52,29 @@ def counted(run: Callable[[], object]) -> tuple[int, int]:
     return counter.get_total_flops(), sum(of_operator.get(operator, 0) for operator in ATTENTION)
 
 
+def allocated(run: Callable[[], object]) -> tuple[int, int]:
+    """Bytes that PyTorch's allocator on the CPU gave out in `run`: what was left at the end, and the most at a time."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    assert profiler.profiler is not None
+    left = most = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            left += event.nbytes()
+            most = max(most, left)
+    return left, most
+
+
 def built(
-    config: ModelConfig, num_genes: int = NUM_GENES, checkpointing: bool = False, backend: str = "reference"
+    config: ModelConfig,
+    num_genes: int = NUM_GENES,
+    checkpointing: bool = False,
+    backend: str = "reference",
+    tile_tokens: int | None = None,
 ) -> Transformer:
     share, theta = torch.full((num_genes,), 1 / num_genes), torch.ones(num_genes)
-    model = Transformer(replace(config, backend=backend), share, theta, MemoryConfig(checkpointing))
+    memory = MemoryConfig(checkpointing, tile_tokens=tile_tokens)
+    model = Transformer(replace(config, backend=backend), share, theta, memory)
     randomize(model)
     return model
 

@@ -1,11 +1,5 @@
 """What ranks send: the formulas beside the collectives that they made."""
 
-import json
-import subprocess
-import sys
-from dataclasses import asdict
-from pathlib import Path
-
 import pytest
 
 from cctrain.config import ModelConfig
@@ -22,49 +16,19 @@ from cctrain.cost.traffic import (
     ulysses_of_a_layer,
     zero,
 )
-from cctrain.data.store.store import TokenStore
-from cctrain.launch.local import free_port, rank_environment
 from cctrain.model.merge import MOST_SHARDS_TO_GATHER
-from tests.data.conftest import prepared, random_counts, write_h5ad
-
-RANKS = 2
-# Some of its matrices are large enough to be gathered for every micro-batch under ZeRO 3.
-MODEL = ModelConfig(width=160, depth=3, heads=2, latents=4)
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
-    """Of 48 genes, so that no tensor is filled up to a multiple of the ranks."""
-    folder = tmp_path_factory.mktemp("even")
-    return prepared(folder / "store", write_h5ad(folder / "cells.h5ad", random_counts(40, 48)))
-
-
-@pytest.fixture(scope="module")
-def steps(store: TokenStore) -> list[dict]:
-    port, plan = free_port(), json.dumps({"store": str(store.path), "model": asdict(MODEL)})
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, Path(__file__).parent / "zero_worker.py", plan],
-            env=rank_environment(rank, RANKS, port) | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(RANKS)
-    ]
-    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * RANKS
-    return json.loads(outputs[0].splitlines()[-1])
+from tests.cost.conftest import ZERO_MODEL, ZERO_RANKS
 
 
 @pytest.mark.processes
-def test_zero_sends_what_the_formulas_say(steps, store):
-    assert {step["stage"] for step in steps} == {0, 1, 2, 3}
-    num_genes = len(store.genes.ids)
-    assert any(size >= PERSISTENT_BELOW for _, size, _ in parameter_tensors(MODEL, num_genes))
-    for step in steps:
+def test_zero_sends_what_the_formulas_say(zero_steps, even_store):
+    assert {step["stage"] for step in zero_steps} == {0, 1, 2, 3}
+    num_genes = len(even_store.genes.ids)
+    assert any(size >= PERSISTENT_BELOW for _, size, _ in parameter_tensors(ZERO_MODEL, num_genes))
+    for step in zero_steps:
         assert step["micro_batches"] > 1
         element_bytes = 4 if step["precision"] == "fp32" else 2
-        law = zero(MODEL, num_genes, step["stage"], element_bytes, RANKS, step["micro_batches"])
+        law = zero(ZERO_MODEL, num_genes, step["stage"], element_bytes, ZERO_RANKS, step["micro_batches"])
         assert {operation for operation, _ in step["collectives"]} <= SENT.keys()
         for operation in SENT:
             counted = sum(payload for made, payload in step["collectives"] if made == operation)
@@ -73,7 +37,7 @@ def test_zero_sends_what_the_formulas_say(steps, store):
 
 
 def test_one_rank_sends_nothing():
-    assert zero(MODEL, 50, 3, 4, ranks=1, micro_batches=2) == exchange_of_a_layer(MODEL, 5, ranks=1) == []
+    assert zero(ZERO_MODEL, 50, 3, 4, ranks=1, micro_batches=2) == exchange_of_a_layer(ZERO_MODEL, 5, ranks=1) == []
     assert sent("all_reduce", 100, ranks=1) == 0
 
 

@@ -1,9 +1,10 @@
-"""One of several ranks: takes a training step under every ZeRO stage, and tells which collectives the ranks made.
+"""One of several ranks: takes training steps under every ZeRO stage, and tells what they sent and needed.
 
 Argument: a JSON object with the store and the model's configuration. Prints for each stage and precision the
-operation and the payload of every collective of a step.
+operation and the payload of every collective of a step, and the bytes that the rank kept and had at most.
 """
 
+import gc
 import json
 import sys
 from collections.abc import Iterator
@@ -13,13 +14,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cctrain.config import Config, ModelConfig
+from cctrain.cost.parameters import num_parameters
 from cctrain.data.loading.loader import Loader
-from cctrain.data.store.store import open_store
+from cctrain.data.store.store import TokenStore, open_store
 from cctrain.parallel.mesh import Mesh, join_mesh
 from cctrain.training.data import resolve, share_of, training_order, training_rule
 from cctrain.training.engine import build_engine
 from cctrain.training.loop import train_step
 from cctrain.training.train import build_model
+from tests.cost.counting import allocated
 
 # DeepSpeed's, and which argument holds the payload as cctrain.cost.traffic counts it.
 OPERATIONS = {
@@ -58,15 +61,41 @@ def steps(store_path: str, model: dict[str, Any], mesh: Mesh) -> Iterator[dict[s
             config.data.store, config.data.micro_batch_tokens = store_path, MICRO_BATCH_TOKENS
             config.training.precision, config.parallel.zero_stage = precision, stage
             config = resolve(config, store)
-            engine = build_engine(build_model(config, store, mesh), config, mesh)
-            loader = Loader(store, training_rule(config, store), share_of(mesh), MICRO_BATCH_TOKENS)
-            order = training_order(config, loader)
-            for number in (1, 2):  # the first one makes what stays
-                rank_step = loader.step(order, GLOBAL_BATCH, GLOBAL_BATCH * (number - 1))
-                with Recorder() as recorder:
-                    train_step(engine, config, mesh, rank_step, number, list)
-            batches = len(rank_step.batches)
-            yield {"stage": stage, "precision": precision, "micro_batches": batches, "collectives": recorder.seen}
+            num_genes = len(store.genes.ids)
+            bucket = {"reduce_bucket_size": num_parameters(config.model, num_genes)}
+            config.deepspeed = {"zero_optimization": bucket}
+            training = Training(config, store, mesh)
+            kept = allocated(training.build)[0] + allocated(training.step)[0]
+            most = kept + allocated(training.step)[1]
+            with Recorder() as recorder:
+                training.step()
+            yield {
+                "stage": stage,
+                "precision": precision,
+                "micro_batches": training.micro_batches,
+                "collectives": recorder.seen,
+                "kept": kept,
+                "most": most,
+            }
+            del training
+            gc.collect()  # what is freed later would be taken for the next one's
+
+
+class Training:
+    def __init__(self, config: Config, store: TokenStore, mesh: Mesh):
+        self.config, self.store, self.mesh = config, store, mesh
+        self.loader = Loader(store, training_rule(config, store), share_of(mesh), MICRO_BATCH_TOKENS)
+        self.order = training_order(config, self.loader)
+        self.number = 0
+
+    def build(self) -> None:
+        self.engine = build_engine(build_model(self.config, self.store, self.mesh), self.config, self.mesh)
+
+    def step(self) -> None:
+        rank_step = self.loader.step(self.order, GLOBAL_BATCH, GLOBAL_BATCH * self.number)
+        self.number += 1
+        self.micro_batches = len(rank_step.batches)
+        train_step(self.engine, self.config, self.mesh, rank_step, self.number, list)
 
 
 if __name__ == "__main__":

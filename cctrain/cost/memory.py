@@ -1,0 +1,166 @@
+"""The most bytes that a rank needs in a training step, from the configuration alone: state, and activations.
+
+State, in bytes, with P parameters on W ranks, and a bucket of B numbers, DeepSpeed's reduce_bucket_size. `kept` is
+there from step to step; on top of it comes for a while what backward or what the optimizer's step needs.
+
+    fp32     0   kept       4 P weights + 8 P moments
+                 backward   4 P gradients, and 4 P for their all-reduce    step   8 P
+             1   kept       4 P weights + 4 P/W masters + 8 P/W moments
+                 backward   4 P + 4 B + 2 P/W                              step   16 P/W
+             2   kept       as 1, and 4 B
+                 backward   4 B + 4 min(2 B, P) + 4 P/W                    step   16 P/W
+             3   kept       4 (P/W + S) weights + 4 P/W masters + 4 P/W gradients + 8 P/W moments + 4 B
+                 backward   4 G + 4 P                                      step   12 P/W
+    16 bit   0   kept       2 P weights + 4 P masters + 8 P moments
+                 backward   2 P gradients, and 2 P for their all-reduce    step   7 P
+             1   kept       2 P weights + 4 P/W masters + 4 P gradients + 8 P/W moments
+                 backward   8 P                                            step   2 P + 8 P/W
+             2   kept       2 P weights + 4 P/W masters + 8 P/W moments
+                 backward   2 B + 2 min(2 B, P) + 4 P/W                    step   12 P/W
+             3   kept       2 (P/W + S) weights, 2 B, the rest as in fp32
+                 backward   2 G + 2 P                                      step   12 P/W
+
+Under stage 3, S of the parameters are in tensors of less than 100,000, which stay whole, and G ≤ P are gathered at a
+time. All this was read off the allocations of DeepSpeed 0.19, and is the most that was seen of each.
+
+Activations, with n tokens in k contexts and T targets on the rank, depth L, width d, latent width d_l, H heads,
+elements of e bytes (4 or 2; the token stream always has 4), tiles of t tokens, V genes,
+
+                        without checkpointing                       with it
+    streams             4 n d, of gradients                         4 n d (L + 1)
+    layers              L n (8 d + 15 e d + 4 H + 24) + 2 n e d     0       (dense: 14 e d)
+    working             4 t e d                                     t (4 d + 16 e d), or k M (8 d_l + 14 e d_l)
+                                                                    of the latents, or a stream, whichever is most
+    latents             k M L (8 d_l + 11 e d_l + 4 e d)            k M L (4 d_l + 4 e d)
+    targets             T (16 d + 200), in 16 bit T (18 d + 200)    T (e d + 200)
+    pack                30 n                                        30 n
+    gene vectors        V d e, the gradient of their look-up        V d e
+
+A dense layer is one stage: with checkpointing its working memory is that of all tokens. With memory.offload two
+streams stay on the device, and L + 1 are elsewhere.
+"""
+
+from dataclasses import dataclass, fields
+
+from cctrain.config import MemoryConfig, ModelConfig
+from cctrain.cost.parameters import num_parameters, parameter_tensors, parameters_of_a_layer
+from cctrain.cost.traffic import FETCHED_AHEAD, PERSISTENT_BELOW
+
+STREAM_BYTES, PACK_BYTES, TARGET_BYTES = 4, 30, 200
+
+
+@dataclass(frozen=True)
+class State:
+    """Bytes. `backward` and `step` are there only for a while, and not at the same time."""
+
+    weights: float
+    masters: float
+    moments: float
+    gradients: float
+    bucket: float
+    backward: float
+    step: float
+
+    @property
+    def kept(self) -> float:
+        return self.weights + self.masters + self.moments + self.gradients + self.bucket
+
+
+@dataclass(frozen=True)
+class ActivationMemory:
+    """Bytes on the device, but for `offloaded`, of one micro-batch on one rank."""
+
+    streams: float
+    layers: float
+    working: float
+    latents: float
+    targets: float
+    pack: float
+    gene_vectors: float
+    offloaded: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self)) - self.offloaded
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a rank holds of one micro-batch: its tokens, of how many contexts, and how many of them are targets."""
+
+    tokens: float
+    contexts: float
+    targets: float
+
+
+def state(model: ModelConfig, num_genes: int, stage: int, element_bytes: int, ranks: int, bucket: float) -> State:
+    """`bucket` in numbers, DeepSpeed's reduce_bucket_size; `element_bytes` of weights, 2 in half precision."""
+    total, b = num_parameters(model, num_genes), element_bytes
+    share = total / ranks
+    full_precision = b == 4
+    if stage == 0:
+        reduced = b * total if ranks > 1 else 0.0
+        masters = 0.0 if full_precision else 4.0 * total
+        return State(
+            b * total, masters, 8.0 * total, 0.0, 0.0, b * total + reduced, (8 if full_precision else 7) * total
+        )
+    masters, moments = 4 * share, 8 * share
+    if stage == 3:
+        small = sum(size * number for _, size, number in parameter_tensors(model, num_genes) if size < PERSISTENT_BELOW)
+        gathered = min(total, FETCHED_AHEAD + parameters_of_a_layer(model))
+        weights, backward = b * (share + small), b * (gathered + total)
+        return State(weights, masters, moments, 4 * share, b * bucket, backward, 12 * share)
+    if stage == 2:
+        backward = b * (bucket + min(2 * bucket, total)) + 4 * share
+        if full_precision:
+            return State(b * total, masters, moments, 0.0, b * bucket, backward, 16 * share)
+        return State(b * total, masters, moments, 0.0, 0.0, backward, 12 * share)
+    if full_precision:
+        return State(b * total, masters, moments, 0.0, 0.0, 4 * total + 4 * bucket + 2 * share, 16 * share)
+    return State(b * total, masters, moments, 4.0 * total, 0.0, 8.0 * total, 2 * total + 8 * share)
+
+
+def activations(
+    model: ModelConfig, num_genes: int, load: Load, memory: MemoryConfig, tile_tokens: int, element_bytes: int
+) -> ActivationMemory:
+    """At the start of the backward of one micro-batch; `memory.tile_tokens` is not looked at."""
+    n, d, e, depth = load.tokens, model.width, element_bytes, model.depth
+    dense = model.attention == "dense"
+    tile = min(n, tile_tokens)
+    stream = STREAM_BYTES * n * d
+    in_a_layer = 2 * STREAM_BYTES * d + (14 if dense else 15) * e * d + 4 * model.heads + 24
+    shared = {"pack": PACK_BYTES * n, "gene_vectors": num_genes * d * e}
+    latents = load.contexts * model.latents * depth * (0 if dense else 1)
+    latent_width = model.latent_width or d
+    if not memory.checkpointing:
+        return ActivationMemory(
+            streams=stream,
+            layers=depth * n * in_a_layer + n * 2 * e * d,
+            working=tile * 4 * e * d,
+            latents=latents * (8 * latent_width + 11 * e * latent_width + 4 * e * d),
+            targets=load.targets * (16 * d + (2 * d if e == 2 else 0) + TARGET_BYTES),
+            **shared,
+        )
+    targets = load.targets * (e * d + TARGET_BYTES)
+    if dense:
+        one_stage = n * (in_a_layer - STREAM_BYTES * d) + tile * 4 * e * d
+    else:
+        of_latents = load.contexts * model.latents * (2 * STREAM_BYTES + 14 * e) * latent_width
+        one_stage = max(tile * (STREAM_BYTES + 16 * e) * d, of_latents)
+    on_device = 2 if memory.offload != "device" else depth + 1
+    return ActivationMemory(
+        streams=on_device * stream,
+        layers=0.0,
+        working=max(one_stage, 0.0 if memory.offload != "device" else stream),
+        latents=latents * (4 * latent_width + 4 * e * d),
+        targets=targets,
+        offloaded=0.0 if memory.offload == "device" else (depth + 1) * stream,
+        **shared,
+    )
+
+
+def peak(state: State, activations: ActivationMemory, micro_batches: int) -> float:
+    """Bytes. In the first backward of a step gradients take the place of the activations that they are made from;
+    in the later ones they are there from the start."""
+    together = activations.total + state.backward if micro_batches > 1 else max(activations.total, state.backward)
+    return state.kept + max(together, state.step)
