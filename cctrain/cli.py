@@ -331,6 +331,33 @@ def embed(
 
 
 @app.command()
+def estimate(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys to change.")] = None,
+    ranks: Annotated[int | None, typer.Option(help="Devices in all. Default: those of this machine.", min=1)] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|FILE", help="h100, h200, a100, or a YAML file like theirs. Default: this machine."),
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens of a context, where there is no store yet.", min=1)] = None,
+    genes: Annotated[int, typer.Option(help="With --tokens: genes of the vocabulary.", min=1)] = 20_000,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """What a training will need, before it is spent: memory, FLOPs, traffic, time. On this machine it measures its
+    parts first, for 20 seconds; of other devices it is a model."""
+
+    def work() -> Any:
+        from cctrain.apply.estimate import as_json, as_text, estimate_configuration
+
+        num_ranks = ranks or (1 if device else _default_ranks())
+        found = estimate_configuration(config, overrides or [], num_ranks, device, tokens, genes)
+        return as_json(found), as_text(found)
+
+    _run(work, as_json, debug)
+
+
+@app.command()
 def sync(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
     uri: Annotated[str | None, typer.Option(help="MLflow store or server. Default: the run's own.")] = None,

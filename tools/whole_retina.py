@@ -20,7 +20,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +32,13 @@ from cctrain.data.loading.loader import Loader, Share
 from cctrain.data.store.store import TokenStore, open_store
 from cctrain.tracking.journal import history, read_journal
 from cctrain.training.data import training_rule
+from tools.peak_memory import watch
 from tools.record import add_out, circumstances, keep
 
 CONFIG = "configs/tissue.yaml"
 GROUP = "donor_id"
 SHAPE = {"depth": 12, "width": 256, "heads": 4, "latents": 128}
 SMALL_SHAPE = {"depth": 2, "width": 128, "heads": 4, "latents": 8}
-SECONDS_BETWEEN_SAMPLES, SECONDS_BETWEEN_LINES = 0.1, 30.0
 GIB = 2**30
 
 
@@ -133,48 +132,6 @@ def one_step(store: TokenStore, arguments: argparse.Namespace, folder: Path) -> 
         "store": store.digest,
         **circumstances("torch", "deepspeed"),
     }
-
-
-def watch(process: psutil.Popen, files: Path) -> tuple[dict[int, int], int]:
-    """The highest RssAnon of every process in bytes, and the largest sum of the files, until it has ended."""
-    started = told = time.monotonic()
-    peaks: dict[int, int] = {}
-    most = 0
-    try:
-        while process.poll() is None:
-            held = {child.pid: anonymous_bytes(child.pid) for child in [process, *process.children(recursive=True)]}
-            peaks = {pid: max(peaks.get(pid, 0), held.get(pid, 0)) for pid in peaks | held}
-            on_disk = sum(mapped_bytes(pid, files) for pid in held)
-            most = max(most, on_disk)
-            if time.monotonic() - told > SECONDS_BETWEEN_LINES:
-                told = time.monotonic()
-                sizes = f"{sum(held.values()) / GIB:.2f} GiB in memory, {on_disk / GIB:.2f} GiB in files"
-                print(f"{told - started:,.0f} s: {sizes}", file=sys.stderr, flush=True)
-            time.sleep(SECONDS_BETWEEN_SAMPLES)
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait()
-    return peaks, most
-
-
-def anonymous_bytes(pid: int) -> int:
-    """Resident memory that no file can take back; 0 for a process that has ended."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
-
-
-def mapped_bytes(pid: int, folder: Path) -> int:
-    """Bytes of the files below `folder` that a process maps; they have lost their names already."""
-    try:
-        maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
-    except OSError:
-        return 0
-    ranges = [line.split()[0].split("-") for line in maps if f" {folder.resolve()}/" in line]
-    return sum(int(end, 16) - int(start, 16) for start, end in ranges)
 
 
 def whole_context(store: TokenStore, config: Config) -> tuple[int, int, int]:

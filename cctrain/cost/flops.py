@@ -23,6 +23,7 @@ with a target's vector, the loss, the projection of a cell's signs (once a cell)
 the latents' part.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from cctrain.config import ModelConfig
@@ -78,7 +79,7 @@ class StepFlops:
 
 
 def step_flops(
-    model: ModelConfig, tokens: list[int], targets: int, checkpointing: bool = False, zero_stage: int = 0
+    model: ModelConfig, tokens: Sequence[float], targets: float, checkpointing: bool = False, zero_stage: int = 0
 ) -> StepFlops:
     """Contexts with these numbers of tokens, and `targets` targets in all."""
     forward, recomputation = forward_flops(model, tokens, targets), Flops()
@@ -86,11 +87,11 @@ def step_flops(
         recomputation = replace(forward, read=0.0)
         if zero_stage < 3:
             recomputation = _without_last_products(model, recomputation, len(tokens))
-    return StepFlops(forward, _backward(model, forward, sum(tokens)), recomputation)
+    return StepFlops(forward, _backward(model, forward, float(sum(tokens))), recomputation)
 
 
-def forward_flops(model: ModelConfig, tokens: list[int], targets: int) -> Flops:
-    width, depth, n = model.width, model.depth, sum(tokens)
+def forward_flops(model: ModelConfig, tokens: Sequence[float], targets: float) -> Flops:
+    width, depth, n = model.width, model.depth, float(sum(tokens))
     shared = {
         "embedding": 2 * n * (2 * width + width**2),
         "token_projections": depth * 8 * n * width**2,
@@ -110,7 +111,7 @@ def optimizer_flops(parameters_held: float) -> float:
     return ADAMW_FLOPS * parameters_held
 
 
-def _backward(model: ModelConfig, forward: Flops, n: int) -> Flops:
+def _backward(model: ModelConfig, forward: Flops, n: float) -> Flops:
     return Flops(
         embedding=2 * forward.embedding - 4 * n * model.width,
         read=2.5 * forward.read,

@@ -99,17 +99,17 @@ def state(model: ModelConfig, num_genes: int, stage: int, element_bytes: int, ra
     share = total / ranks
     full_precision = b == 4
     if stage == 0:
-        reduced = b * total if ranks > 1 else 0.0
+        reduced = float(b * total) if ranks > 1 else 0.0
         masters = 0.0 if full_precision else 4.0 * total
         return State(
             b * total, masters, 8.0 * total, 0.0, 0.0, b * total + reduced, (8 if full_precision else 7) * total
         )
-    masters, moments = 4 * share, 8 * share
+    masters, moments = 4.0 * share, 8.0 * share
     if stage == 3:
         small = sum(size * number for _, size, number in parameter_tensors(model, num_genes) if size < PERSISTENT_BELOW)
         gathered = min(total, FETCHED_AHEAD + parameters_of_a_layer(model))
-        weights, backward = b * (share + small), b * (gathered + total)
-        return State(weights, masters, moments, 4 * share, b * bucket, backward, 12 * share)
+        gather = b * (gathered + total)
+        return State(b * (share + small), masters, moments, 4 * share, b * bucket, gather, 12 * share)
     if stage == 2:
         backward = b * (bucket + min(2 * bucket, total)) + 4 * share
         if full_precision:

@@ -1,0 +1,127 @@
+"""How long a training step takes on given devices: FLOPs, bytes and collectives, each over the rate it gets.
+
+The parts are added: on these devices nothing is assumed to overlap. What moves through memory beside the products, in
+bytes a token and layer, with elements of e bytes and a token stream of 4, counting what every operation reads and
+writes:
+
+    forward     28 d + 13 e d        three norms, two residuals, GELU
+    backward    48 d + 18 e d
+    recomputed  as forward
+
+and once a micro-batch 6 V d e, to make, fill and add the gradient of the gene vectors, for tokens and for targets.
+"""
+
+from dataclasses import dataclass, fields
+
+from cctrain.config import MemoryConfig, ModelConfig
+from cctrain.cost.devices import Device
+from cctrain.cost.flops import Flops, step_flops
+from cctrain.cost.memory import Load
+from cctrain.cost.parameters import num_parameters
+from cctrain.cost.traffic import Collective, exchange_of_a_layer, zero
+
+SMALL_COLLECTIVES = 8  # a step: which slices there are, the loss, the norm of the gradient
+
+
+@dataclass(frozen=True)
+class Work:
+    """One step: ranks, C of them for each context, and what a rank does of it in each of its micro-batches."""
+
+    ranks: int
+    context_ranks: int
+    micro_batches: int
+    load: Load
+    zero_stage: int
+    element_bytes: int
+    memory: MemoryConfig
+    tile_tokens: int
+
+
+@dataclass(frozen=True)
+class StepSeconds:
+    products: float
+    attention: float
+    elementwise: float
+    targets: float
+    optimizer: float
+    calls: float
+    exchange: float
+    zero: float
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def work_of(
+    tokens: float,
+    targets: float,
+    global_batch: int,
+    micro_batch_tokens: int,
+    ranks: int,
+    context_ranks: int,
+    zero_stage: int,
+    element_bytes: int,
+    memory: MemoryConfig,
+    tile_tokens: int,
+) -> Work:
+    """Of contexts with so many tokens, of them so many targets; of the rank that has most to do."""
+    contexts = -(-global_batch * context_ranks // ranks)
+    held = tokens / context_ranks
+    together = min(contexts, max(1, int(micro_batch_tokens // held)))
+    micro_batches = -(-contexts // together)
+    contexts_each = contexts / micro_batches
+    load = Load(contexts_each * held, contexts_each, contexts_each * targets / context_ranks)
+    return Work(ranks, context_ranks, micro_batches, load, zero_stage, element_bytes, memory, tile_tokens)
+
+
+def rank_flops(model: ModelConfig, work: Work) -> Flops:
+    """Of one rank in a step: its part of the tokens, and the latents' part, which every context rank repeats."""
+    load, ranks = work.load, work.context_ranks
+    whole = [load.tokens * ranks / load.contexts]
+    of_context = step_flops(
+        model, whole, load.targets * ranks / load.contexts, work.memory.checkpointing, work.zero_stage
+    ).by_component()
+    contexts = work.micro_batches * load.contexts
+    return Flops(**{k: v * contexts / (1 if k == "latents" else ranks) for k, v in of_context.items()})
+
+
+def collectives(model: ModelConfig, num_genes: int, work: Work) -> tuple[list[Collective], list[Collective]]:
+    """Of a step: those of the context ranks, and those of ZeRO."""
+    layer = exchange_of_a_layer(model, round(work.load.contexts), work.context_ranks)
+    return (
+        [
+            Collective(c.purpose, c.operation, c.payload, c.ranks, c.times * model.depth * work.micro_batches)
+            for c in layer
+        ],
+        zero(model, num_genes, work.zero_stage, work.element_bytes, work.ranks, work.micro_batches),
+    )
+
+
+def step_seconds(model: ModelConfig, num_genes: int, work: Work, device: Device) -> StepSeconds:
+    flops = rank_flops(model, work)
+    d, e, depth = model.width, work.element_bytes, model.depth
+    tokens, passes = work.micro_batches * work.load.tokens, 2 if work.memory.checkpointing else 1
+    moved = tokens * depth * d * (passes * (28 + 13 * e) + 48 + 18 * e) + tokens * d * (28 + 14 * e)
+    moved += work.micro_batches * 6 * num_genes * d * e
+    tiles = -(-work.load.tokens // work.tile_tokens)
+    stages = depth * (2 * tiles + 2 if model.attention == "criss_cross" else tiles) + 2 * tiles
+    exchanged, of_zero = collectives(model, num_genes, work)
+    held = num_parameters(model, num_genes) / (work.ranks if work.zero_stage else 1)
+    return StepSeconds(
+        products=(flops.total - flops.attention) / device.products,
+        attention=flops.attention / device.attention,
+        elementwise=moved / device.elementwise,
+        targets=work.micro_batches * work.load.targets * device.target_seconds,
+        optimizer=held * device.parameter_seconds,
+        calls=work.micro_batches * stages * device.call * (1 + passes) / 2,
+        exchange=sum(seconds_of(one, device) for one in exchanged),
+        zero=sum(seconds_of(one, device) for one in of_zero)
+        + (SMALL_COLLECTIVES * device.latency if work.ranks > 1 else 0.0),
+    )
+
+
+def seconds_of(collective: Collective, device: Device) -> float:
+    """A group that fits into a node is in one."""
+    rate = device.inside if collective.ranks <= device.per_node else device.between
+    return collective.sent / rate + collective.times * device.latency

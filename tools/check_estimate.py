@@ -1,0 +1,150 @@
+"""Does `cctrain estimate` say what a training then takes? Drawn configurations, estimated, trained, none left out.
+
+    python -m tools.check_estimate [--configurations 12] [--seed S] [--work data] [--out FILE]
+
+Each configuration is drawn by the seed, which is printed: width, depth, heads, latents, attention, precision, length
+of contexts, batch, micro-batch, checkpointing, ZeRO stage, one rank or two, shared contexts or not. Its parts are
+measured on this machine as `cctrain estimate` does; then it is trained for a few steps on retina with `cctrain train`,
+twice. Of the first training comes the median of the steps' times (data_seconds taken off, the first two steps left
+out). The second gives freed memory back at once, so that what a rank holds is what it uses: the most anonymous memory
+of any rank (RssAnon of /proc, ten times a second). That of the first training, where the C library keeps what it may
+need again, is told beside it. The exit code is 1 unless every step time is within 30 % of the measured one, and every
+memory within 15 %.
+"""
+
+import argparse
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+
+from cctrain.apply.estimate import estimate_configuration
+from cctrain.tracking.journal import history, read_journal
+from tools.peak_memory import watch
+from tools.record import add_out, circumstances, keep
+
+STEPS, WARM_UP = 10, 2
+TIME_TOLERANCE, MEMORY_TOLERANCE = 0.30, 0.15
+CONFIG = "configs/cell.yaml"
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--configurations", type=int, default=12, help="how many (default: %(default)s)")
+    parser.add_argument("--seed", type=int, help="draws them (default: a new one)")
+    parser.add_argument("--work", type=Path, default=Path("data"), help="folder of all files (default: data)")
+    add_out(parser)
+    arguments = parser.parse_args()
+    seed = random.SystemRandom().randrange(10**6) if arguments.seed is None else arguments.seed
+    print(f"seed {seed}")
+    store, draws = retina_store(arguments.work), random.Random(seed)
+    rows: list[dict[str, Any]] = []
+    for number in range(arguments.configurations):
+        rows.append(compare(draw(draws), store, arguments.work))
+        print(line(number + 1, rows[-1]), flush=True)
+        keep({"seed": seed, "steps": STEPS, "rows": rows, **circumstances("torch", "deepspeed")}, arguments.out)
+    failed = [row for row in rows if not row["within"]]
+    inside = len(rows) - len(failed)
+    print(f"{inside} of {len(rows)} within {TIME_TOLERANCE:.0%} of time and {MEMORY_TOLERANCE:.0%} of memory")
+    raise SystemExit(1 if failed else 0)
+
+
+def retina_store(work: Path) -> Path:
+    source, store = work / "retina" / "retina.h5ad", work / "retina-store"
+    if not source.is_file():
+        run(["fetch", "retina", "--out", source.parent])
+    if not (store / "manifest.json").is_file():
+        run(["prepare", source, "--out", store])
+    return store
+
+
+def run(command: list[Any]) -> None:
+    subprocess.run([sys.executable, "-m", "cctrain", *map(str, command)], check=True)
+
+
+def draw(draws: random.Random) -> dict[str, Any]:
+    """Overrides of a configuration, and `ranks`."""
+    ranks = draws.choice([1, 2])
+    attention = draws.choice(["criss_cross", "criss_cross", "dense"])
+    heads = draws.choice([2, 4])
+    return {
+        "ranks": ranks,
+        "model.attention": attention,
+        "model.width": draws.choice([64, 128, 192, 256]),
+        "model.depth": draws.choice([1, 2, 3, 4]),
+        "model.heads": heads,
+        "model.latents": draws.choice([16, 64, 128, 256]),
+        "training.precision": draws.choice(["fp32", "fp32", "bf16"]),
+        "data.max_tokens": draws.choice([500, 1000, 2000, 4000]),
+        "data.global_batch": draws.choice([2, 4, 8]),
+        "data.micro_batch_tokens": draws.choice([6000, 12_000, 24_000]),
+        "memory.checkpointing": str(draws.random() < 0.5).lower(),
+        "parallel.zero_stage": draws.choice([0, 1, 2, 3]),
+        "parallel.context": draws.choice([1, ranks]) if attention == "criss_cross" else 1,
+    }
+
+
+def compare(drawn: dict[str, Any], store: Path, work: Path) -> dict[str, Any]:
+    ranks = drawn["ranks"]
+    with tempfile.TemporaryDirectory(dir=work, prefix="estimate-") as folder:
+        overrides = [f"{key}={value}" for key, value in drawn.items() if key != "ranks"] + [
+            f"data.store={store}",
+            f"training.steps={STEPS}",
+            "evaluation.every=0",
+            "checkpoint.every=0",
+        ]
+        estimated = estimate_configuration(Path(CONFIG), overrides, ranks, None, None, 0)
+        steps, kept = train(overrides, ranks, Path(folder) / "timed")
+        _, memory = train(overrides, ranks, Path(folder) / "measured", **GIVE_BACK)
+    seconds = median(step["step_seconds"] - step["data_seconds"] for step in steps[WARM_UP:])
+    ratios = {"time": estimated.seconds.total / seconds, "memory": estimated.memory / memory}
+    return {
+        **drawn,
+        "tokens": estimated.contexts.tokens,
+        "step_seconds": seconds,
+        "estimated_seconds": estimated.seconds.total,
+        "memory_bytes": memory,
+        "memory_bytes_with_what_is_kept": kept,
+        "estimated_bytes": estimated.memory,
+        "ratios": ratios,
+        "within": abs(ratios["time"] - 1) <= TIME_TOLERANCE and abs(ratios["memory"] - 1) <= MEMORY_TOLERANCE,
+    }
+
+
+def train(overrides: list[str], ranks: int, run_dir: Path, **environment: str) -> tuple[list[dict[str, Any]], int]:
+    """The lines of its steps, and the most memory of a process."""
+    words = [*overrides, f"run.dir={run_dir}", f"tracking.uri=sqlite:///{run_dir.resolve()}.db", "--ranks", str(ranks)]
+    with open(f"{run_dir}.log", "w") as said:
+        process = psutil.Popen(
+            [sys.executable, "-m", "cctrain", "train", CONFIG, *words],
+            env={**os.environ, **environment, "CUDA_VISIBLE_DEVICES": ""},
+            stdout=said,
+            stderr=said,
+        )
+        peaks, _ = watch(process)
+    if process.returncode != 0:
+        raise SystemExit(f"{Path(f'{run_dir}.log').read_text()}this training failed: {' '.join(words)}")
+    return [one for one in history(read_journal(run_dir)) if one["event"] == "step"], max(peaks.values())
+
+
+def line(number: int, row: dict[str, Any]) -> str:
+    shape = f"{row['model.attention']:<11} d {row['model.width']:>3} L {row['model.depth']} M {row['model.latents']:>3}"
+    ranks = f"{row['ranks']} rank(s), C {row['parallel.context']}"
+    how = f"{row['training.precision']} ZeRO {row['parallel.zero_stage']}, {ranks}"
+    return (
+        f"{number:>2}  {shape}  {how}, checkpointing {row['memory.checkpointing']:<5} n {row['tokens']:>6,.0f}: "
+        f"{row['estimated_seconds']:.2f} s for {row['step_seconds']:.2f} ({row['ratios']['time']:.2f}), "
+        f"{row['estimated_bytes'] / 1e9:.2f} GB for {row['memory_bytes'] / 1e9:.2f} ({row['ratios']['memory']:.2f}; "
+        f"{row['memory_bytes_with_what_is_kept'] / 1e9:.2f} with what is kept)" + ("" if row["within"] else "  OUTSIDE")
+    )
+
+
+if __name__ == "__main__":
+    main()
