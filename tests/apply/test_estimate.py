@@ -1,0 +1,99 @@
+"""`cctrain estimate`, through the command line."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from cctrain.apply.estimate import look_at_store
+from cctrain.cli import app
+from cctrain.config import load_config
+from cctrain.cost.parameters import num_parameters
+from cctrain.data.loading.loader import Loader, Share
+from cctrain.data.store.store import TokenStore
+from cctrain.training.data import training_order, training_rule
+
+CONFIG = """
+model: {width: 16, depth: 1, heads: 2, latents: 4}
+training: {precision: fp32}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+def estimated(config: Path, *words: str, code: int = 0) -> str:
+    done = CliRunner().invoke(app, ["estimate", str(config), *words])
+    assert done.exit_code == code, done.output
+    return done.output if code else done.stdout
+
+
+def test_a_store_says_how_long_its_contexts_are(config: Path, tiny_store: TokenStore):
+    loaded, contexts = look_at_store(load_config(config, [f"data.store={tiny_store.path}"]))
+    loader = Loader(tiny_store, training_rule(loaded, tiny_store), Share(), 10**6)
+    order = training_order(loaded, loader)
+    epochs = [loader.step(order, tiny_store.num_train, tiny_store.num_train * epoch) for epoch in range(20)]
+    batches = [batch for step in epochs for batch in step.batches]
+    drawn = sum(len(batch.samples) for batch in batches)
+    assert contexts.genes == len(tiny_store.genes.ids)
+    assert contexts.targets == pytest.approx(sum(len(batch.targets) for batch in batches) / drawn, rel=0.05)
+    # An expressed gene that becomes a target is counted as both here.
+    assert contexts.tokens == pytest.approx(sum(int(np.diff(b.offsets).sum()) for b in batches) / drawn, rel=0.08)
+
+
+def test_it_answers_in_one_json_object(config: Path, tiny_store: TokenStore):
+    words = (f"data.store={tiny_store.path}", "--device", "h100", "--ranks", "8", "--json")
+    told = json.loads(estimated(config, *words))
+    model = load_config(config, [f"data.store={tiny_store.path}"]).model
+    model.cell_encoding = 0
+    assert told["parameters"] == num_parameters(model, len(tiny_store.genes.ids))
+    assert told["fits"] is True
+    assert told["measured"] is False
+    assert told["ranks"] == 8
+    assert told["checkpoint_bytes"] == 12 * told["parameters"]
+    assert told["step_seconds"] == pytest.approx(sum(told["step_seconds_by_component"].values()))
+    assert told["hours"] == pytest.approx(told["step_seconds"] * 10_000 / 3600)
+    assert told["device_hours"] == pytest.approx(8 * told["hours"])
+
+
+def test_before_there_is_a_store_contexts_are_as_long_as_one_says(config: Path):
+    text = estimated(config, "--tokens", "100000", "--device", "a100", "--ranks", "2", "parallel.context=2")
+    assert "2 × NVIDIA A100 SXM, 2 for each context" in text
+    assert "about 100,000 tokens, 5,000 of them targets" in text
+    assert "a model of devices that are not here" in text
+
+
+def test_what_does_not_fit_is_said_to(config: Path):
+    words = ("--tokens", "20000000", "--device", "h100", "model.width=1024", "model.depth=24")
+    assert "DOES NOT FIT" in estimated(config, *words)
+    assert ": fits" in estimated(config, *words, "--ranks", "64", "parallel.context=64", "memory.checkpointing=true")
+
+
+def test_without_store_and_tokens_it_asks_for_a_store(config: Path):
+    assert "data.store is missing" in estimated(config, "--device", "h100", code=2)
+
+
+def test_context_ranks_that_do_not_divide_the_ranks_are_refused(config: Path):
+    said = estimated(config, "--tokens", "1000", "--device", "h100", "--ranks", "3", "parallel.context=2", code=2)
+    assert "parallel.context=2 does not divide 3 ranks" in said
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.representative
+def test_on_this_machine_its_parts_are_measured_on_as_many_ranks_as_will_run(config: Path, tiny_store: TokenStore):
+    told = json.loads(
+        estimated(config, f"data.store={tiny_store.path}", "parallel.context=2", "--ranks", "2", "--json")
+    )
+    assert told["measured"] is True
+    assert told["ranks"] == 2
+    device = told["device"]
+    assert min(device[rate] for rate in ("products", "attention", "elementwise", "inside", "latency", "call")) > 0
+    assert device["process"] > 10**8
+    assert all(seconds > 0 for seconds in told["step_seconds_by_component"].values())
