@@ -29,7 +29,7 @@ from cctrain.tracking.journal import history, read_journal
 from tools.peak_memory import watch
 from tools.record import add_out, circumstances, keep
 
-STEPS, WARM_UP = 10, 2
+STEPS, WARM_UP = 8, 2
 TIME_TOLERANCE, MEMORY_TOLERANCE = 0.30, 0.15
 CONFIG = "configs/cell.yaml"
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
