@@ -5,10 +5,10 @@
 Each configuration is drawn by the seed, which is printed: width, depth, heads, latents, attention, precision, length
 of contexts, batch, micro-batch, checkpointing, ZeRO stage, one rank or two, shared contexts or not. Its parts are
 measured on this machine as `cctrain estimate` does; then it is trained for a few steps on retina with `cctrain train`,
-twice. Of the first training comes the median of the steps' times (data_seconds taken off, the first two steps left
-out). The second gives freed memory back at once, so that what a rank holds is what it uses: the most anonymous memory
-of any rank (RssAnon of /proc, ten times a second). That of the first training, where the C library keeps what it may
-need again, is told beside it. The exit code is 1 unless every step time is within 30 % of the measured one, and every
+twice. Of the first training comes the median of the later half of the steps' times (data_seconds taken off). The
+second gives freed memory back at once, so that what a rank holds is what it uses: the most anonymous memory of any
+rank (RssAnon of /proc, ten times a second). That of the first training, where the C library keeps what it may need
+again, is told beside it. The exit code is 1 unless every step time is within 30 % of the measured one, and every
 memory within 15 %.
 """
 
@@ -29,7 +29,7 @@ from cctrain.tracking.journal import history, read_journal
 from tools.peak_memory import watch
 from tools.record import add_out, circumstances, keep
 
-STEPS, WARM_UP = 8, 2
+SECONDS, FEWEST_STEPS, MOST_STEPS, STEPS_FOR_MEMORY = 20, 8, 120, 4
 TIME_TOLERANCE, MEMORY_TOLERANCE = 0.30, 0.15
 CONFIG = "configs/cell.yaml"
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -49,7 +49,7 @@ def main() -> None:
     for number in range(arguments.configurations):
         rows.append(compare(draw(draws), store, arguments.work))
         print(line(number + 1, rows[-1]), flush=True)
-        keep({"seed": seed, "steps": STEPS, "rows": rows, **circumstances("torch", "deepspeed")}, arguments.out)
+        keep({"seed": seed, "rows": rows, **circumstances("torch", "deepspeed")}, arguments.out)
     failed = [row for row in rows if not row["within"]]
     inside = len(rows) - len(failed)
     print(f"{inside} of {len(rows)} within {TIME_TOLERANCE:.0%} of time and {MEMORY_TOLERANCE:.0%} of memory")
@@ -96,14 +96,15 @@ def compare(drawn: dict[str, Any], store: Path, work: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=work, prefix="estimate-") as folder:
         overrides = [f"{key}={value}" for key, value in drawn.items() if key != "ranks"] + [
             f"data.store={store}",
-            f"training.steps={STEPS}",
             "evaluation.every=0",
             "checkpoint.every=0",
         ]
         estimated = estimate_configuration(Path(CONFIG), overrides, ranks, None, None, 0)
-        steps, kept = train(overrides, ranks, Path(folder) / "timed")
-        _, memory = train(overrides, ranks, Path(folder) / "measured", **GIVE_BACK)
-    seconds = median(step["step_seconds"] - step["data_seconds"] for step in steps[WARM_UP:])
+        num_steps = round(min(max(SECONDS / estimated.seconds.total, FEWEST_STEPS), MOST_STEPS))
+        steps, kept = train(overrides, ranks, num_steps, Path(folder) / "timed")
+        _, memory = train(overrides, ranks, STEPS_FOR_MEMORY, Path(folder) / "measured", **GIVE_BACK)
+    # Later steps: in the first ones MLflow is imported and makes its database, beside the training.
+    seconds = median(step["step_seconds"] - step["data_seconds"] for step in steps[num_steps // 2 :])
     ratios = {"time": estimated.seconds.total / seconds, "memory": estimated.memory / memory}
     return {
         **drawn,
@@ -118,9 +119,18 @@ def compare(drawn: dict[str, Any], store: Path, work: Path) -> dict[str, Any]:
     }
 
 
-def train(overrides: list[str], ranks: int, run_dir: Path, **environment: str) -> tuple[list[dict[str, Any]], int]:
+def train(
+    overrides: list[str], ranks: int, num_steps: int, run_dir: Path, **environment: str
+) -> tuple[list[dict[str, Any]], int]:
     """The lines of its steps, and the most memory of a process."""
-    words = [*overrides, f"run.dir={run_dir}", f"tracking.uri=sqlite:///{run_dir.resolve()}.db", "--ranks", str(ranks)]
+    words = [
+        *overrides,
+        f"training.steps={num_steps}",
+        f"run.dir={run_dir}",
+        f"tracking.uri=sqlite:///{run_dir.resolve()}.db",
+        "--ranks",
+        str(ranks),
+    ]
     with open(f"{run_dir}.log", "w") as said:
         process = psutil.Popen(
             [sys.executable, "-m", "cctrain", "train", CONFIG, *words],

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from cctrain.config import Config, MemoryConfig, ModelConfig
 from cctrain.cost.devices import Device
 from cctrain.cost.flops import step_flops
+from cctrain.cost.step_time import num_stages
 from cctrain.errors import TrainingError
 from cctrain.launch.local import free_port, rank_environment
 from cctrain.model import attention
@@ -29,17 +30,18 @@ from cctrain.model.layer import Norm
 from cctrain.model.tiles import TILE_TOKENS
 from cctrain.model.transformer import Inputs, Transformer, initialize
 from cctrain.parallel.mesh import Mesh, join_mesh
-from cctrain.training.engine import DTYPES, build_engine
+from cctrain.training.engine import DTYPES, build_engine, sharded_if_wanted, whole
 from cctrain.training.objective import negative_log_likelihood
 
 ROUNDS, SECONDS_A_ROUND = 5, 0.15  # of each part
+STEPS_OF_NEXT_TO_NOTHING = 8
 TOKENS_OF_DENSE, TARGETS, PARAMETERS = 2048, 20_000, 4_000_000
 LARGE_PAYLOAD, SMALL_PAYLOAD = 2**18, 8  # numbers
 
 
-def calibrate(model: ModelConfig, precision: str, num_ranks: int) -> Device:
+def calibrate(model: ModelConfig, precision: str, zero_stage: int, num_ranks: int) -> Device:
     """Measure with `num_ranks` local processes. Raises TrainingError if one of them fails."""
-    port, plan = free_port(), json.dumps({"model": asdict(model), "precision": precision})
+    port, plan = free_port(), json.dumps({"model": asdict(model), "precision": precision, "zero_stage": zero_stage})
     command = [sys.executable, "-m", "cctrain.apply.calibrate", plan]
     ranks = [
         subprocess.Popen(
@@ -56,9 +58,9 @@ def calibrate(model: ModelConfig, precision: str, num_ranks: int) -> Device:
     return Device(**json.loads(outputs[0][0].splitlines()[-1]))
 
 
-def measure(model: ModelConfig, precision: str, mesh: Mesh) -> Device:
+def measure(model: ModelConfig, precision: str, zero_stage: int, mesh: Mesh) -> Device:
     device, dtype = mesh.device, DTYPES[precision]
-    process = memory_of_next_to_nothing(precision, mesh)
+    micro_batch, step, process = training_of_next_to_nothing(model, precision, zero_stage, mesh)
     parts = {
         "peak": product(model, dtype, device, backward=False),
         "products": product(model, dtype, device, backward=True),
@@ -88,24 +90,40 @@ def measure(model: ModelConfig, precision: str, mesh: Mesh) -> Device:
         inside=rate.get("network", float("inf")),
         between=rate.get("network", float("inf")),
         latency=seconds.get("latency", 0.0),
+        micro_batch=micro_batch,
+        step=step,
         process=process,
         measured=True,
     )
 
 
-def memory_of_next_to_nothing(precision: str, mesh: Mesh) -> float:
-    """Bytes of memory of a process that has trained a tiny model for a step, libraries and all; 0 on a GPU."""
-    if mesh.device.type == "cuda":
-        return 0.0
+def training_of_next_to_nothing(
+    model: ModelConfig, precision: str, zero_stage: int, mesh: Mesh
+) -> tuple[float, float, float]:
+    """Seconds of a micro-batch and of the optimizer's step in a tiny model of that depth; and the bytes of memory that
+    the process has then, libraries and all, 0 on a GPU."""
+    # What the first rank of a training holds, too.
+    import mlflow  # noqa: F401
+
+    import cctrain.training.train  # noqa: F401
+
     config = Config()
-    config.training.precision = precision
-    tiny, inputs = tiny_model("criss_cross", heads=1)
+    config.training.precision, config.parallel.zero_stage = precision, zero_stage
+    with sharded_if_wanted(config):
+        tiny, inputs = tiny_model(model.attention, model.heads, model.depth)
     engine = build_engine(tiny, config, mesh)
-    log_mu, log_theta = engine(inputs)
-    engine.backward(log_mu.sum() + log_theta.sum())
-    engine.step()
+
+    def micro_batch() -> None:
+        log_mu, log_theta = engine(inputs)
+        engine.backward(log_mu.sum() + log_theta.sum())
+
+    taken = []
+    for _ in range(STEPS_OF_NEXT_TO_NOTHING):
+        taken.append((seconds_of(micro_batch, 1, mesh.device), seconds_of(engine.step, 1, mesh.device)))
+    micro_batches, steps = zip(*taken[1:], strict=True)
     kilobytes = Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]
-    return 1024.0 * int(kilobytes)
+    held = 0.0 if mesh.device.type == "cuda" else 1024.0 * int(kilobytes)
+    return median(micro_batches), median(steps), held
 
 
 def timed(parts: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
@@ -218,23 +236,22 @@ def loss_of_targets(device: torch.device) -> Part:
 
 def calls(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> Part:
     """Stages of a model with next to nothing to do."""
-    transformer, inputs = tiny_model(model.attention, model.heads, device, dtype)
+    transformer, inputs = tiny_model(model.attention, model.heads, depth=2)
+    transformer.to(device, dtype)
 
     def run() -> None:
         log_mu, log_theta = transformer(inputs)
         (log_mu.sum() + log_theta.sum()).backward()
 
-    return run, float(2 * (4 if model.attention == "criss_cross" else 1) + 2)
+    return run, num_stages(replace(model, depth=2), 1)
 
 
-def tiny_model(
-    kind: str, heads: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
-) -> tuple[Transformer, Inputs]:
+def tiny_model(kind: str, heads: int, depth: int) -> tuple[Transformer, Inputs]:
     """With a context of one token, a target."""
-    config = ModelConfig(attention=kind, width=8 * heads, depth=2, heads=heads, latents=1)
-    model = Transformer(config, torch.full((2,), 0.5), torch.ones(2), MemoryConfig()).to(device, dtype)
-    initialize(model, torch.zeros(2, 1), seed=0)
-    one = torch.zeros(1, dtype=torch.int64, device=device)
+    config = ModelConfig(attention=kind, width=8 * heads, depth=depth, heads=heads, latents=1)
+    model = Transformer(config, torch.full((2,), 0.5), torch.ones(2), MemoryConfig())
+    initialize(model, torch.zeros(2, 1), seed=0, whole=whole)
+    one = torch.zeros(1, dtype=torch.int64)
     return model, Inputs(one, one.float(), one.float(), one, [0, 1])
 
 
@@ -247,6 +264,6 @@ def all_reduce(numbers: int, device: torch.device) -> Part:
 if __name__ == "__main__":
     plan = json.loads(sys.argv[1])
     with join_mesh() as mesh:
-        found = measure(ModelConfig(**plan["model"]), plan["precision"], mesh)
+        found = measure(ModelConfig(**plan["model"]), plan["precision"], plan["zero_stage"], mesh)
         if mesh.is_first:
             print(json.dumps(asdict(found)))

@@ -127,7 +127,8 @@ def estimate_configuration(
     from cctrain.apply.calibrate import calibrate
 
     log.info("measuring this machine with %d rank(s), about 20 s", ranks)
-    return estimate(config, contexts, calibrate(config.model, config.training.precision, ranks), ranks)
+    measured = calibrate(config.model, config.training.precision, config.parallel.zero_stage, ranks)
+    return estimate(config, contexts, measured, ranks)
 
 
 def as_json(found: Estimate) -> dict[str, Any]:
@@ -204,7 +205,7 @@ def as_text(found: Estimate) -> str:
         f"training  {config.training.steps:,} steps: {told['hours']:,.1f} h, {told['device_hours']:,.1f} device-hours; "
         f"{told['device_hours_per_billion_tokens']:,.1f} for a billion tokens",
         f"saving    {size(told['checkpoint_bytes'])} a checkpoint",
-        "measured on this machine just now: times within a third, memory within 15 % is what to expect"
+        "its parts measured on this machine just now; small trainings have taken up to twice as long as their parts"
         if found.device.measured
         else "a model of devices that are not here, from data sheets and assumed shares: not a measurement",
     ]

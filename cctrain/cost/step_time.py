@@ -104,8 +104,8 @@ def step_seconds(model: ModelConfig, num_genes: int, work: Work, device: Device)
     tokens, passes = work.micro_batches * work.load.tokens, 2 if work.memory.checkpointing else 1
     moved = tokens * depth * d * (passes * (28 + 13 * e) + 48 + 18 * e) + tokens * d * (28 + 14 * e)
     moved += work.micro_batches * 6 * num_genes * d * e
-    tiles = -(-work.load.tokens // work.tile_tokens)
-    stages = depth * (2 * tiles + 2 if model.attention == "criss_cross" else tiles) + 2 * tiles
+    of_tiles = num_stages(model, -(-work.load.tokens // work.tile_tokens)) * device.call * (1 + passes) / 2
+    of_one = num_stages(model, 1) * device.call * (1 + passes) / 2
     exchanged, of_zero = collectives(model, num_genes, work)
     held = num_parameters(model, num_genes) / (work.ranks if work.zero_stage else 1)
     return StepSeconds(
@@ -114,11 +114,16 @@ def step_seconds(model: ModelConfig, num_genes: int, work: Work, device: Device)
         elementwise=moved / device.elementwise,
         targets=work.micro_batches * work.load.targets * device.target_seconds,
         optimizer=held * device.parameter_seconds,
-        calls=work.micro_batches * stages * device.call * (1 + passes) / 2,
+        calls=work.micro_batches * (of_tiles - of_one + (device.micro_batch or of_one)) + device.step,
         exchange=sum(seconds_of(one, device) for one in exchanged),
         zero=sum(seconds_of(one, device) for one in of_zero)
         + (SMALL_COLLECTIVES * device.latency if work.ranks > 1 else 0.0),
     )
+
+
+def num_stages(model: ModelConfig, tiles: float) -> float:
+    """Of a micro-batch: embedding and head of every tile, and in every layer read and write, or self-attention."""
+    return model.depth * (2 * tiles + 2 if model.attention == "criss_cross" else tiles) + 2 * tiles
 
 
 def seconds_of(collective: Collective, device: Device) -> float:

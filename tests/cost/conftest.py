@@ -15,6 +15,7 @@ from cctrain.launch.local import free_port, rank_environment
 from tests.data.conftest import prepared, random_counts, write_h5ad
 
 ZERO_RANKS = 2
+ZERO_KINDS = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
 # Some of its matrices are large enough to be gathered for every micro-batch under ZeRO 3.
 ZERO_MODEL = ModelConfig(width=160, depth=3, heads=2, latents=4)
 
@@ -26,10 +27,10 @@ def even_store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
     return prepared(folder / "store", write_h5ad(folder / "cells.h5ad", random_counts(40, 48)))
 
 
-@pytest.fixture(scope="session")
-def zero_steps(even_store: TokenStore) -> list[dict[str, Any]]:
-    """What `zero_worker` says, of every stage and precision."""
-    port, plan = free_port(), json.dumps({"store": str(even_store.path), "model": asdict(ZERO_MODEL)})
+def zero_steps(store: TokenStore, kinds: list[tuple[int, str]]) -> list[dict[str, Any]]:
+    """What `zero_worker` says of trainings with these stages and precisions."""
+    port = free_port()
+    plan = json.dumps({"store": str(store.path), "model": asdict(ZERO_MODEL), "kinds": kinds})
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.cost.zero_worker", plan],

@@ -10,7 +10,7 @@ from cctrain.config import MemoryConfig, ModelConfig
 from cctrain.cost.memory import Load, activations, peak, state
 from cctrain.cost.parameters import num_parameters
 from cctrain.training.objective import negative_log_likelihood
-from tests.cost.conftest import ZERO_MODEL, ZERO_RANKS
+from tests.cost.conftest import ZERO_KINDS, ZERO_MODEL, ZERO_RANKS, zero_steps
 from tests.cost.counting import NUM_GENES, allocated, built, inputs_of
 
 TOLERANCE = 0.15
@@ -26,7 +26,7 @@ SHAPES = {
 @pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("element_bytes", [2, 4])
-@pytest.mark.parametrize("lengths", [[3000], [150] * 16, [500]])
+@pytest.mark.parametrize("lengths", [[3000], [150] * 16, [700, 2300]])
 def test_a_forward_and_backward_need_what_the_formula_says(config, checkpointing, element_bytes, lengths):
     num_targets = sum(lengths) // 20
     model = built(config, checkpointing=checkpointing, backend="auto", tile_tokens=TILE)
@@ -50,26 +50,23 @@ def test_a_forward_and_backward_need_what_the_formula_says(config, checkpointing
     assert law.total == pytest.approx(allocated(step)[1], rel=TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.processes
-def test_zero_keeps_and_needs_what_the_formula_says(zero_steps, even_store):
-    num_genes = len(even_store.genes.ids)
-    tiny = activations(ZERO_MODEL, num_genes, Load(100, 3, 5), MemoryConfig(), 4096, 4)
-    for step in zero_steps:
-        element_bytes = 4 if step["precision"] == "fp32" else 2
-        bucket = num_parameters(ZERO_MODEL, num_genes)
-        law = state(ZERO_MODEL, num_genes, step["stage"], element_bytes, ZERO_RANKS, bucket)
-        name = step["stage"], step["precision"]
-        assert step["kept"] == pytest.approx(law.kept, rel=TOLERANCE), name
-        assert step["most"] == pytest.approx(peak(law, tiny, step["micro_batches"]), rel=TOLERANCE), name
+@pytest.mark.parametrize(("stage", "precision"), [kind for kind in ZERO_KINDS if kind[0] < 3])
+def test_zero_keeps_from_step_to_step_what_the_formula_says(even_store, stage, precision):
+    num_genes, element_bytes = len(even_store.genes.ids), 4 if precision == "fp32" else 2
+    [step] = zero_steps(even_store, [(stage, precision)])
+    law = state(ZERO_MODEL, num_genes, stage, element_bytes, ZERO_RANKS, num_parameters(ZERO_MODEL, num_genes))
+    assert step["kept"] == pytest.approx(law.kept, rel=TOLERANCE)
 
 
 def test_more_ranks_share_more_at_every_stage_and_the_last_shares_all():
-    model, num_genes = ModelConfig(), 20_000
+    model, num_genes = ModelConfig(width=1024, depth=48, heads=16), 20_000
     whole = 16 * num_parameters(model, num_genes)
     for element_bytes in (2, 4):
         kept = [state(model, num_genes, stage, element_bytes, 1000, bucket=0).kept for stage in range(4)]
         assert kept[0] > kept[1] >= kept[2] > kept[3]
-        assert kept[3] < 0.002 * whole
+        assert kept[3] < 0.05 * whole
 
 
 def test_checkpoints_off_the_device_leave_two_streams_of_tokens_on_it():
