@@ -87,12 +87,13 @@ def measure(model: ModelConfig, precision: str, zero_stage: int, mesh: Mesh) -> 
         target_seconds=1 / rate["target"],
         call=1 / rate["call"],
         per_node=mesh.num_ranks,
-        inside=rate.get("network", float("inf")),
-        between=rate.get("network", float("inf")),
+        inside=rate.get("network", rate["elementwise"]),  # a rank alone sends nothing
+        between=rate.get("network", rate["elementwise"]),
         latency=seconds.get("latency", 0.0),
         micro_batch=micro_batch,
         step=step,
         process=process,
+        kind=device.type,
         measured=True,
     )
 
@@ -110,7 +111,7 @@ def training_of_next_to_nothing(
     config = Config()
     config.training.precision, config.parallel.zero_stage = precision, zero_stage
     with sharded_if_wanted(config):
-        tiny, inputs = tiny_model(model.attention, model.heads, model.depth)
+        tiny, inputs = tiny_model(model.attention, model.heads, model.depth, mesh.device)
     engine = build_engine(tiny, config, mesh)
 
     def micro_batch() -> None:
@@ -236,7 +237,7 @@ def loss_of_targets(device: torch.device) -> Part:
 
 def calls(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> Part:
     """Stages of a model with next to nothing to do."""
-    transformer, inputs = tiny_model(model.attention, model.heads, depth=2)
+    transformer, inputs = tiny_model(model.attention, model.heads, 2, device)
     transformer.to(device, dtype)
 
     def run() -> None:
@@ -246,12 +247,12 @@ def calls(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> Part:
     return run, num_stages(replace(model, depth=2), 1)
 
 
-def tiny_model(kind: str, heads: int, depth: int) -> tuple[Transformer, Inputs]:
-    """With a context of one token, a target."""
+def tiny_model(kind: str, heads: int, depth: int, device: torch.device) -> tuple[Transformer, Inputs]:
+    """On the host still, with a context of one token, a target, on the device."""
     config = ModelConfig(attention=kind, width=8 * heads, depth=depth, heads=heads, latents=1)
     model = Transformer(config, torch.full((2,), 0.5), torch.ones(2), MemoryConfig())
     initialize(model, torch.zeros(2, 1), seed=0, whole=whole)
-    one = torch.zeros(1, dtype=torch.int64)
+    one = torch.zeros(1, dtype=torch.int64, device=device)
     return model, Inputs(one, one.float(), one.float(), one, [0, 1])
 
 

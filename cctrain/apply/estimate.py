@@ -83,7 +83,7 @@ def estimate(config: Config, contexts: Contexts, device: Device, ranks: int) -> 
     if ranks % config.parallel.context:
         raise UsageError(f"parallel.context={config.parallel.context} does not divide {ranks} ranks")
     element_bytes, stage = ELEMENT_BYTES[config.training.precision], config.parallel.zero_stage
-    tile_tokens = config.memory.tile_tokens or TILE_TOKENS["cpu" if device.process else "cuda"]
+    tile_tokens = config.memory.tile_tokens or TILE_TOKENS[device.kind]
     work = work_of(
         contexts.tokens,
         contexts.targets,
@@ -97,7 +97,7 @@ def estimate(config: Config, contexts: Contexts, device: Device, ranks: int) -> 
         tile_tokens,
     )
     bucket = config.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size", REDUCE_BUCKET)
-    if device.process:  # a CPU takes no memory for what is never written
+    if device.kind == "cpu":  # which takes no memory for what is never written
         bucket = min(bucket, num_parameters(config.model, contexts.genes))
     return Estimate(
         config,

@@ -23,8 +23,8 @@ class Device:
     of a layer; `call` is what a stage takes however little there is to do, and where it was measured, `micro_batch`
     and `step` what the first tile of a micro-batch and the optimizer take, in a model of that depth. A rank sends at
     `inside` within its node of `per_node` devices and at `between` to others; a collective takes `latency` at least.
-    `process` is what a process holds before it has a model. `measured` says whether this was taken here, or is a model
-    of a device elsewhere.
+    `process` is what a process holds before it has a model, `kind` is cuda or cpu. `measured` says whether this was
+    taken here, or is a model of a device elsewhere.
     """
 
     name: str
@@ -43,6 +43,7 @@ class Device:
     micro_batch: float = 0.0
     step: float = 0.0
     process: float = 0.0
+    kind: str = "cuda"
     measured: bool = False
 
 

@@ -86,14 +86,16 @@ def test_context_ranks_that_do_not_divide_the_ranks_are_refused(config: Path):
 
 @pytest.mark.slow
 @pytest.mark.processes
-@pytest.mark.representative
-def test_on_this_machine_its_parts_are_measured_on_as_many_ranks_as_will_run(config: Path, tiny_store: TokenStore):
-    told = json.loads(
-        estimated(config, f"data.store={tiny_store.path}", "parallel.context=2", "--ranks", "2", "--json")
-    )
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.representative)])
+def test_on_this_machine_its_parts_are_measured_on_as_many_ranks_as_will_run(
+    config: Path, tiny_store: TokenStore, ranks: int
+):
+    words = (f"data.store={tiny_store.path}", f"parallel.context={ranks}", "--ranks", str(ranks), "--json")
+    told = json.loads(estimated(config, *words))
     assert told["measured"] is True
-    assert told["ranks"] == 2
+    assert told["ranks"] == ranks
     device = told["device"]
-    assert min(device[rate] for rate in ("products", "attention", "elementwise", "inside", "latency", "call")) > 0
+    assert min(device[rate] for rate in ("products", "attention", "elementwise", "inside", "call", "step")) > 0
     assert device["process"] > 10**8
-    assert all(seconds > 0 for seconds in told["step_seconds_by_component"].values())
+    alone = ("exchange", "zero") if ranks == 1 else ()
+    assert all((seconds > 0) != (part in alone) for part, seconds in told["step_seconds_by_component"].items())
