@@ -51,7 +51,7 @@ class Estimate:
         return self.device.process + peak(self.state, self.activations, self.work.micro_batches)
 
 
-def contexts_of_store(config: Config, rule: ContextRule, store: TokenStore, loader: Loader) -> Contexts:
+def contexts_of_store(rule: ContextRule, store: TokenStore, loader: Loader) -> Contexts:
     measured = (store.measured * rule.target_probability).sum(axis=1)[store.source_of_cell[: store.num_train]]
     visible = np.minimum(store.num_tokens[: store.num_train], rule.max_tokens)
     cells_each = store.num_train / loader.samples.num_train
@@ -66,7 +66,7 @@ def look_at_store(config: Config) -> tuple[Config, Contexts]:
     rule = training_rule(config, store)
     loader = Loader(store, rule, Share(0, 1, 0, config.parallel.context), 0)
     config.data.micro_batch_tokens = resolve_micro_batch(config, loader)
-    return config, contexts_of_store(config, rule, store, loader)
+    return config, contexts_of_store(rule, store, loader)
 
 
 def without_store(config: Config, tokens: int, genes: int) -> tuple[Config, Contexts]:

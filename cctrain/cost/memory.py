@@ -13,15 +13,15 @@ there from step to step; on top of it comes for a while what backward or what th
                  backward   4 P + 4 G/W                                    step   12 P/W
     16 bit   0   kept       2 P weights + 4 P masters + 8 P moments
                  backward   2 P gradients, and 2 P for their all-reduce    step   7 P
-             1   kept       2 P weights + 4 P/W masters + 6 P gradients + 8 P/W moments
-                 backward   6 P                                            step   8 P/W
+             1   kept       2 P weights + 4 P/W masters + 4 P gradients + 8 P/W moments
+                 backward   8 P                                            step   2 P + 8 P/W
              2   kept       2 P weights + 4 P/W masters + 8 P/W moments
                  backward   2 B + 2 min(2 B, P) + 4 P/W                    step   12 P/W
              3   kept       2 (P/W + G (1 - 1/W)) weights, 2 B, the rest as in fp32
                  backward   2 P + 2 G/W                                    step   12 P/W
 
 Under stage 3 G ≤ P of the weights are gathered at a time: what is fetched ahead, and a layer. All this was read off the
-allocations of DeepSpeed 0.19 on two ranks. What is kept under stages 0 to 2 is tested; the rest is not: it differed by
+allocations of DeepSpeed 0.19 on two ranks. What is kept under stages 0 and 1 is tested; the rest is not: it differed by
 up to a quarter from run to run, for buckets and gathered weights live until Python collects the cycles that hold them.
 
 Activations, with n tokens in k contexts and T targets on the rank, depth L, width d, latent width d_l, H heads,
@@ -115,7 +115,7 @@ def state(model: ModelConfig, num_genes: int, stage: int, element_bytes: int, ra
         return State(float(b * total), masters, moments, 0.0, 0.0, backward, (16 if full_precision else 12) * share)
     if full_precision:
         return State(b * total, masters, moments, 0.0, 0.0, 4 * total + 4 * bucket + 2 * share, 16 * share)
-    return State(b * total, masters, moments, 6.0 * total, 0.0, 6.0 * total, 8 * share)
+    return State(b * total, masters, moments, 4.0 * total, 0.0, 8.0 * total, 2 * total + 8 * share)
 
 
 def activations(

@@ -1,14 +1,16 @@
 """One of several ranks: takes training steps under every ZeRO stage, and tells what they sent and needed.
 
 Argument: a JSON object with the store, the model's configuration, and kinds of training, each a stage and a precision.
-Prints for each the operation and the payload of every collective of a step, and the bytes that the rank keeps; these
-mean something of the first kind only, for DeepSpeed frees what others left behind when it likes.
+Prints for each the operation and the payload of every collective of a step, and the bytes that the rank keeps after
+each of several steps; these mean something of the first kind only, for DeepSpeed frees
+what others left behind when it likes.
 """
 
 import gc
 import json
 import sys
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any
 
 from torch import Tensor
@@ -65,7 +67,8 @@ def steps(store_path: str, model: dict[str, Any], kinds: list[tuple[int, str]], 
         bucket = {"reduce_bucket_size": num_parameters(config.model, num_genes)}
         config.deepspeed = {"zero_optimization": bucket}
         training = Training(config, store, mesh)
-        kept = allocated(training.build)[0] + allocated(training.step)[0]
+        left = [allocated(work)[0] for work in (training.build, *[training.step] * 5)]
+        kept = list(accumulate(left))[1:]  # after every step
         with Recorder() as recorder:
             training.step()
         yield {
