@@ -205,7 +205,8 @@ def as_text(found: Estimate) -> str:
         f"training  {config.training.steps:,} steps: {told['hours']:,.1f} h, {told['device_hours']:,.1f} device-hours; "
         f"{told['device_hours_per_billion_tokens']:,.1f} for a billion tokens",
         f"saving    {size(told['checkpoint_bytes'])} a checkpoint",
-        "its parts measured on this machine just now; small trainings have taken up to twice as long as their parts"
+        "its parts measured on this machine just now; trainings have taken up to three times as long as their parts, "
+        "small ones most, and up to a fifth more memory"
         if found.device.measured
         else "a model of devices that are not here, from data sheets and assumed shares: not a measurement",
     ]

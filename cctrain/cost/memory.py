@@ -22,7 +22,7 @@ there from step to step; on top of it comes for a while what backward or what th
 
 Under stage 3 G ≤ P of the weights are gathered at a time: what is fetched ahead, and a layer. All this was read off the
 allocations of DeepSpeed 0.19 on two ranks. What is kept under stages 0 and 1 is tested; the rest is not: it differed by
-up to a quarter from run to run, for buckets and gathered weights live until Python collects the cycles that hold them.
+up to 40 % from run to run, for buckets and gathered weights live until Python collects the cycles that hold them.
 
 Activations, with n tokens in k contexts and T targets on the rank, depth L, width d, latent width d_l, H heads,
 elements of e bytes (4 or 2; the token stream always has 4), tiles of t tokens, V genes,
