@@ -29,6 +29,8 @@ log = logging.getLogger("cctrain")
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on standard output.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/cell.yaml.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it.")]
 
 
 @app.command()
@@ -161,8 +163,8 @@ def inspect(
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/cell.yaml.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it.")] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
     ranks: Annotated[
         int | None, typer.Option(help="Local processes. Default: one per GPU, or parallel.context.", min=1)
     ] = None,
@@ -215,8 +217,8 @@ def train(
 
 @app.command()
 def submit(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/cell.yaml.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it.")] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
     profile: Annotated[str, typer.Option(help="A name in launchers/profiles, or a YAML file.")] = "gpu",
     nodes: Annotated[str | None, typer.Option(help="Nodes: N, or MIN-MAX for as many as are free.")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(help="GPUs of each node, one rank for each.", min=1)] = None,
@@ -326,6 +328,36 @@ def embed(
             **result,
             "path": str(out),
         }, f"{out}: {result['cells']:,} cells × {result['dimensions']} in obsm['X_cctrain']"
+
+    _run(work, as_json, debug)
+
+
+@app.command()
+def scaling(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    lengths: Annotated[str | None, typer.Option(metavar="N,N", help="Tokens n. CPU: 1024 to 65536.")] = None,
+    latents: Annotated[str | None, typer.Option(metavar="M,M", help="Default: 32,64,128,256.")] = None,
+    context: Annotated[str | None, typer.Option(metavar="C,C", help="Context ranks. Default: 1.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the sweep. Default: RUN.DIR-scaling.")] = None,
+    budget: Annotated[float | None, typer.Option(help="Leave out points predicted to take more seconds.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Most repeats of a point. Default: 9.", min=1)] = None,
+    genes: Annotated[int | None, typer.Option(help="Rows of the gene table. Default: 2000.", min=1)] = None,
+    fit_from: Annotated[int | None, typer.Option(help="Shortest n in exponents. Default: 4096.", min=1)] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the points, time and memory; measure none.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure the cost law: time and memory over n × M and of dense controls, on random contexts; fit, draw, track.
+
+    No token store is needed. Every point is kept when it is measured: the same command goes on where it was stopped.
+    """
+
+    def work() -> Any:
+        from cctrain.apply.scaling.command import Grid, scaling
+
+        grid = Grid(lengths, latents, context)
+        return scaling(config, overrides, grid, out, budget, repeats, genes, fit_from, dry_run)
 
     _run(work, as_json, debug)
 
