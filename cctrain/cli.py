@@ -338,7 +338,7 @@ def scaling(
     overrides: Overrides = None,
     lengths: Annotated[str | None, typer.Option(metavar="N,N", help="Tokens n. CPU: 1024 to 65536.")] = None,
     latents: Annotated[str | None, typer.Option(metavar="M,M", help="Default: 32,64,128,256.")] = None,
-    context: Annotated[str | None, typer.Option(metavar="C,C", help="Context ranks. Default: 1.")] = None,
+    context: Annotated[str | None, typer.Option(metavar="C,C", help="Context ranks, such as 1,2.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the sweep. Default: RUN.DIR-scaling.")] = None,
     budget: Annotated[float | None, typer.Option(help="Leave out points predicted to take more seconds.")] = None,
     repeats: Annotated[int | None, typer.Option(help="Most repeats of a point. Default: 9.", min=1)] = None,

@@ -67,8 +67,8 @@ def attention_laws(long: list[Row], dense: dict[str, list[Row]], fit_from: int) 
 
 def total_law(rows: list[Row]) -> SumOfTerms | None:
     """total = a·n·M + b·n + c·M + e, seconds."""
-    if len(latents_of(rows)) < 2:
-        return None  # n·M and n would be one term
+    if len(latents_of(rows)) < 2 or len({row["tokens"] for row in rows}) < 2:
+        return None  # n·M and n would be one term, or n·M and M
     return sum_of_terms(_criss_cross_terms(rows), _column(rows, "step_seconds"))
 
 

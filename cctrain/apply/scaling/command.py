@@ -74,7 +74,7 @@ def scaling(
     model = replace(config.model, cell_encoding=0, init_from=None)
     setting = Setting(device, config.training.precision, genes or NUM_GENES, config.memory)
     settings = settings_of(model, setting)
-    context_ranks = numbers("--context", grid.context or str(config.parallel.context))
+    context_ranks = numbers("--context", grid.context or f"1,{config.parallel.context}")
     if device == "cuda" and max(context_ranks) > torch.cuda.device_count():
         raise UsageError(f"--context {max(context_ranks)} needs as many GPUs; here are {torch.cuda.device_count()}")
     points = points_of(
@@ -112,7 +112,8 @@ def scaling(
         "fits": found,
         "mlflow": identity,
     }
-    return result, summary(folder, rows, found)
+    where = [f"MLflow: cctrain ui --uri {identity['uri']}"] if identity else []
+    return result, "\n".join([summary(folder, rows, found), *where])
 
 
 def check_scalable(config: Config) -> None:

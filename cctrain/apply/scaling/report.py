@@ -118,10 +118,11 @@ def _setting_in_words(rows: list[Row], settings: dict[str, Any]) -> str:
 
 def _attention(found: dict[str, Any]) -> str:
     lines = [f"Time of attention alone, contexts of {found['fit_from']:,} tokens and more, as a power of"]
-    lines += ["", "| | exponent (95 %) | R² | points |", "|---|---|---|---|"]
+    lines += ["", "| | exponent (95 %) | theory | away | R² | points |", "|---|---|---|---|---|---|"]
     for name, law in found["attention"].items():
-        r_squared, points = (f"{law['r_squared']:.4f}", law["points"]) if law else ("", "")
-        lines.append(f"| {name} | {exponent_in_words(law)} | {r_squared} | {points} |")
+        theory = 2 if "dense" in name else 1
+        rest = f"{law['exponent'] - theory:+.3f} | {law['r_squared']:.4f} | {law['points']}" if law else "| |"
+        lines.append(f"| {name} | {exponent_in_words(law)} | {theory} | {rest} |")
     lines += ["", "`n` and `M` alone: one exponent for all points, with a factor of its own for each M, or each n."]
     return "\n".join(lines)
 

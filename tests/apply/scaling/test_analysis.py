@@ -75,6 +75,14 @@ def test_fits_are_json_without_nan(found):
     json.dumps(found, allow_nan=False)
 
 
+def test_the_report_has_how_far_each_exponent_is_from_theory(found):
+    laws = {"n·M": found["attention"]["n·M"] | {"exponent": 0.91}}
+    laws["n, dense, same depth"] = found["attention"]["n, dense, same depth"] | {"exponent": 2.04}
+    text = report_text([], found | {"attention": laws}, settings(), [])
+    assert "| n·M | 0.910 (1.000 to 1.000) | 1 | -0.090 | 1.0000 | 12 |" in text
+    assert "| n, dense, same depth | 2.040 (2.000 to 2.000) | 2 | +0.040 | 1.0000 | 4 |" in text
+
+
 def test_the_report_has_the_share_of_attention_beside_every_point(rows, found):
     text = report_text(rows.values(), found, settings(), ["figures/cost.png"])
     for row in rows.values():

@@ -1,9 +1,15 @@
 """`cctrain scaling` as a user starts it: real points, killed and resumed, refusals; and processes that fail."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -49,10 +55,12 @@ def not_allocated() -> dict[str, Any]:
 
 
 def killed() -> dict[str, Any]:
-    import os
-    import signal
-
     os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
+def endless() -> dict[str, Any]:
+    time.sleep(600)
     return {}
 
 
@@ -71,15 +79,15 @@ def one_without_memory(mesh: Mesh) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.processes
 def test_a_small_sweep_is_measured_and_its_second_call_measures_nothing(arguments, tmp_path, capfd):
-    arguments += ["--lengths=32,128", "--fit-from=1", "--json"]
+    arguments += ["--lengths=64", "--fit-from=1", "--json"]
     assert run(*arguments) == 0
     first = json.loads(capfd.readouterr().out)
     folder = tmp_path / "runs" / "tiny-scaling"
     points = (folder / "points.jsonl").read_bytes()
-    assert len(first["points"]) == len(points.splitlines()) == 8
+    assert len(first["points"]) == len(points.splitlines()) == 4
     assert all(0 < point["attention_share_of_time"] < 1 and point["memory_bytes"] >= 0 for point in first["points"])
-    assert first["fits"]["attention"]["n·M"]["points"] == 4
-    assert len(first["mlflow"]["children"]) == 8
+    assert first["fits"]["attention"]["n·M"]["points"] == 2
+    assert len(first["mlflow"]["children"]) == 4
     for name in ("report.md", "points.csv", "fits.json", "mlflow.json", "figures/cost.png", "figures/collapse.svg"):
         assert (folder / name).stat().st_size, name
     assert run(*arguments) == 0
@@ -132,6 +140,13 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(arguments, tmp_pa
     assert not (tmp_path / "runs" / "tiny-scaling").exists()
 
 
+def test_the_ranks_that_the_configuration_shares_contexts_among_are_measured_beside_one(arguments, capfd):
+    assert run(*arguments, "--lengths=1024", "parallel.context=2", "--dry-run") == 0
+    shown = capfd.readouterr().out
+    assert "criss-cross, M = 4, n = 1024" in shown
+    assert "criss-cross, M = 4, 2 context ranks, n = 1024" in shown
+
+
 def test_numbers_stand_between_commas_or_spaces():
     assert numbers("--lengths", "1024, 4096 65536") == [1024, 4096, 65536]
     for text in ("", "0", "-4", "a"):
@@ -153,6 +168,19 @@ def test_a_process_without_memory_is_a_point_that_was_left_out(task, reason):
 def test_a_defect_is_an_error_with_its_traceback():
     with pytest.raises(RuntimeError, match="a defect"):
         in_new_processes(defective, ())
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_a_measurement_ends_with_the_process_that_asked_for_it():
+    asks = f"from {__name__} import endless, in_new_processes; in_new_processes(endless, ())"
+    asking = subprocess.Popen([sys.executable, "-c", asks], cwd=Path(__file__).parents[3])
+    while not (measuring := psutil.Process(asking.pid).children()):
+        assert asking.poll() is None
+        time.sleep(0.1)
+    asking.kill()
+    asking.wait()
+    assert not psutil.wait_procs(measuring, timeout=60)[1]
 
 
 @pytest.mark.slow
