@@ -198,18 +198,15 @@ def _styles(rows: list[Row]) -> dict[int, dict[str, Any]]:
 
 
 def _guide(axes: Axes, rows: list[Row], lengths: list[int], power: int, label: str) -> None:
-    """A grey line of that slope, through the longest point of the uppermost curve that should have it."""
+    """A grey line of that slope, beside the long end of the uppermost curve that should have it."""
     candidates = [row for row in rows if (row["kind"] == CRISS_CROSS) == (power == 1)]
     if not candidates or len(lengths) < 2:
         return
     last = max(candidates, key=lambda row: (row["tokens"], row["attention_seconds"]))
-    aside = 1.6 if power == 1 else 0.5
-    seconds = [aside * last["attention_seconds"] * (n / last["tokens"]) ** power for n in lengths]
-    axes.plot(lengths, seconds, color=MUTED, linewidth=1, linestyle=":", zorder=0)
-    middle = len(lengths) // 2
-    axes.annotate(
-        label, (lengths[middle], seconds[middle]), (-4, 4), textcoords="offset points", color=MUTED, ha="right"
-    )
+    aside, ends = (1.6 if power == 1 else 0.5), [n for n in lengths if n >= last["tokens"] / 8]
+    seconds = [aside * last["attention_seconds"] * (n / last["tokens"]) ** power for n in ends]
+    axes.plot(ends, seconds, color=MUTED, linewidth=1, linestyle=":", zorder=0)
+    axes.annotate(label, (ends[-1], seconds[-1]), (5, -3), textcoords="offset points", color=MUTED)
 
 
 def _logarithmic(axes: Axes, lengths: list[int]) -> None:
