@@ -1,17 +1,13 @@
 """The commands. Nothing heavy is imported before a command needs it, so that `--help` answers at once."""
 
-import errno
-import json
-import logging
 import os
 import sys
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from cctrain.command import is_first, log_to_file, make_log_folder, run_command
 from cctrain.errors import CctrainError
 
 app = typer.Typer(
@@ -24,11 +20,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-log = logging.getLogger("cctrain")
-
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on standard output.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/cell.yaml.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it.")]
 
 
 @app.command()
@@ -49,7 +45,7 @@ def fetch(
             "path": str(path),
         }, f"{path}\nnext: cctrain prepare {path} --out data/{name}-store"
 
-    _run(work, as_json, debug)
+    run_command(work, as_json, debug)
 
 
 @app.command()
@@ -130,7 +126,7 @@ def prepare(
         failed.extend(manifest["failed"])
         return manifest, "" if dry_run else f"next: cctrain train configs/cell.yaml data.store={out}"
 
-    _run(work, as_json, debug)
+    run_command(work, as_json, debug)
     if failed:
         from cctrain.errors import DataError
 
@@ -156,13 +152,13 @@ def inspect(
 
         return inspect(path, verify)
 
-    _run(work, as_json, debug)
+    run_command(work, as_json, debug)
 
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/cell.yaml.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it.")] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
     ranks: Annotated[
         int | None, typer.Option(help="Local processes. Default: one per GPU, or parallel.context.", min=1)
     ] = None,
@@ -188,21 +184,21 @@ def train(
         if dry_run:
             return {}, to_yaml(loaded)
         run_dir = Path(loaded.run.dir or "")
-        _make_log_folder(run_dir)
+        make_log_folder(run_dir)
         if "RANK" not in os.environ:
-            num_ranks = ranks or max(_default_ranks(), loaded.parallel.context)
-            if num_ranks > 1:
-                from cctrain.launch.local import run_ranks
+            from cctrain.launch.local import default_ranks, run_ranks
 
+            num_ranks = ranks or max(default_ranks(), loaded.parallel.context)
+            if num_ranks > 1:
                 options = [*(["--accept-changes"] if accept_changes else []), *(["--debug"] if debug else [])]
                 arguments = ["train", str(config), *(overrides or []), *options]
                 raise SystemExit(run_ranks(arguments, num_ranks, run_dir))
-        _log_to_file(run_dir)
+        log_to_file(run_dir)
         from cctrain.training.guards import read_outcome
         from cctrain.training.train import train
 
         exit_code = train(loaded, accept_changes)
-        if not _is_first():
+        if not is_first():
             pass
         elif read_outcome(run_dir) == "finished":
             print(f"next: cctrain evaluate {run_dir}")
@@ -210,13 +206,13 @@ def train(
             print(f"saved. To resume: cctrain train {run_dir / 'config.yaml'}", file=sys.stderr)
         raise SystemExit(exit_code)
 
-    _run(work, False, debug)
+    run_command(work, False, debug)
 
 
 @app.command()
 def submit(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/cell.yaml.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it.")] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
     profile: Annotated[str, typer.Option(help="A name in launchers/profiles, or a YAML file.")] = "gpu",
     nodes: Annotated[str | None, typer.Option(help="Nodes: N, or MIN-MAX for as many as are free.")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(help="GPUs of each node, one rank for each.", min=1)] = None,
@@ -259,7 +255,7 @@ def submit(
         jobs = ", ".join(result["jobs"])
         return result, f"submitted: job {jobs}, {result['script']}\nnext: cctrain jobs {result['run']}"
 
-    _run(work, as_json, debug)
+    run_command(work, as_json, debug)
 
 
 @app.command()
@@ -282,7 +278,7 @@ def jobs(
         found = describe_jobs(run)
         return found, show_jobs(found)
 
-    _run(work, as_json, debug)
+    run_command(work, as_json, debug)
 
 
 @app.command()
@@ -302,7 +298,7 @@ def evaluate(
             f"{result['sentence']}\n\n{table(result)}\n\npicture: {run / 'evaluation' / 'figure.png'}",
         )
 
-    _run(work, as_json, debug)
+    run_command(work, as_json, debug)
 
 
 @app.command()
@@ -327,13 +323,13 @@ def embed(
             "path": str(out),
         }, f"{out}: {result['cells']:,} cells × {result['dimensions']} in obsm['X_cctrain']"
 
-    _run(work, as_json, debug)
+    run_command(work, as_json, debug)
 
 
 @app.command()
 def estimate(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys to change.")] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
     ranks: Annotated[int | None, typer.Option(help="Devices in all. Default: those of this machine.", min=1)] = None,
     device: Annotated[
         str | None,
@@ -349,12 +345,43 @@ def estimate(
 
     def work() -> Any:
         from cctrain.apply.estimate import as_json, as_text, estimate_configuration
+        from cctrain.launch.local import default_ranks
 
-        num_ranks = ranks or (1 if device else _default_ranks())
+        num_ranks = ranks or (1 if device else default_ranks())
         found = estimate_configuration(config, overrides or [], num_ranks, device, tokens, genes)
         return as_json(found), as_text(found)
 
-    _run(work, as_json, debug)
+    run_command(work, as_json, debug)
+
+
+@app.command()
+def scaling(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    lengths: Annotated[str | None, typer.Option(metavar="N,N", help="Tokens n. CPU: 1024 to 65536.")] = None,
+    latents: Annotated[str | None, typer.Option(metavar="M,M", help="Default: 32,64,128,256.")] = None,
+    context: Annotated[str | None, typer.Option(metavar="C,C", help="Context ranks, such as 1,2.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the sweep. Default: RUN.DIR-scaling.")] = None,
+    budget: Annotated[float | None, typer.Option(help="Leave out points predicted to take more seconds.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Most repeats of a point. Default: 9.", min=1)] = None,
+    genes: Annotated[int | None, typer.Option(help="Rows of the gene table. Default: 2000.", min=1)] = None,
+    fit_from: Annotated[int | None, typer.Option(help="Shortest n in exponents. Default: 4096.", min=1)] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the points, time and memory; measure none.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure the cost law: time and memory over n × M and of dense controls, on random contexts; fit, draw, track.
+
+    No token store is needed. Every point is kept when it is measured: the same command goes on where it was stopped.
+    """
+
+    def work() -> Any:
+        from cctrain.apply.scaling.command import Grid, scaling
+
+        grid = Grid(lengths, latents, context)
+        return scaling(config, overrides, grid, out, budget, repeats, genes, fit_from, dry_run)
+
+    run_command(work, as_json, debug)
 
 
 @app.command()
@@ -375,7 +402,7 @@ def sync(
             f"{run}: {entry['uri']}, run {entry['run_id']}" for run, entry in zip(runs, done, strict=True)
         )
 
-    _run(work, as_json, debug)
+    run_command(work, as_json, debug)
 
 
 @app.command()
@@ -396,7 +423,7 @@ def ui(
         serve(run, uri=uri, port=port, open_browser=browser)
         return {}, ""
 
-    _run(work, False, debug)
+    run_command(work, False, debug)
 
 
 def main() -> None:
@@ -408,75 +435,3 @@ def main() -> None:
         print(f"cctrain: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     app()
-
-
-def _run(work: Callable[[], tuple[dict[str, Any], str]], as_json: bool, debug: bool) -> None:
-    """Do a command's work: results on standard output, the log on standard error, errors as exit codes."""
-    _log_to_terminal()
-    try:
-        result, text = work()
-    except CctrainError as error:
-        if debug:
-            traceback.print_exc()
-        elif _is_first():
-            print(f"cctrain: {error}", file=sys.stderr)
-        else:
-            log.error("%s", error)
-        raise SystemExit(error.exit_code) from None
-    except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
-        if debug:
-            traceback.print_exc()
-        else:
-            print(f"cctrain: {error.strerror}: {error.filename}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("cctrain: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-    if as_json:
-        print(json.dumps(result, allow_nan=False))
-    elif text:
-        print(text)
-
-
-def _log_to_terminal() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    log.setLevel(logging.INFO if _is_first() else logging.WARNING)
-
-
-def _log_to_file(run_dir: Path) -> None:
-    """The first rank's log, beside the terminal; the others' standard error is such a file already, and under Slurm
-    the first one's, too."""
-    from cctrain.run_directory import log_file
-
-    path = log_file(run_dir, 0)
-    if not _is_first() or (path.exists() and os.path.samestat(os.fstat(2), path.stat())):
-        return
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.getLogger().addHandler(handler)
-
-
-def _make_log_folder(run_dir: Path) -> None:
-    from cctrain.errors import UsageError
-
-    logs = run_dir / "logs"
-    try:
-        logs.mkdir(parents=True, exist_ok=True)
-        if not os.access(logs, os.W_OK):
-            raise PermissionError(errno.EROFS, os.strerror(errno.EROFS))
-    except OSError as error:
-        raise UsageError(f"{run_dir} cannot be written ({error.strerror}): choose another run.dir=DIR") from error
-
-
-def _is_first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _default_ranks() -> int:
-    from cctrain.parallel.mesh import find_device_kind
-
-    if find_device_kind() == "cpu":
-        return 1
-    import torch
-
-    return torch.cuda.device_count()

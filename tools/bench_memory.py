@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 
+from cctrain.apply.scaling.measure import resident_peak
 from cctrain.config import MemoryConfig, ModelConfig
 from cctrain.model.transformer import Inputs, Transformer
-from tools.bench_step import resident_peak
 from tools.record import add_out, circumstances, keep
 
 NUM_GENES, TILE = 1000, 4096

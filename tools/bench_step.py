@@ -31,38 +31,31 @@ each model's time, least squares on a log-log scale over n of 8,192 and more.
 
 import argparse
 import math
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
-from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from cctrain.apply.scaling.measure import (
+    depth_of_as_many_parameters,
+    describe,
+    measure,
+    medians,
+    predicted_seconds,
+    rates,
+)
+from cctrain.apply.scaling.points import DENSE
+from cctrain.apply.scaling.processes import LEFT_OUT, in_new_processes
+from cctrain.apply.scaling.work import DTYPES, Setting
 from cctrain.config import MemoryConfig, ModelConfig
-from cctrain.cost.parameters import num_parameters
-from cctrain.cost.step import step_cost
-from cctrain.model import attention
-from cctrain.model.activations import Activations
-from cctrain.model.tiles import TILE_TOKENS, cut_into_tiles
-from cctrain.model.transformer import Inputs, Transformer, initialize
+from cctrain.model.tiles import TILE_TOKENS
 from cctrain.parallel.mesh import find_device_kind
-from cctrain.training.objective import negative_log_likelihood
 from tools.record import add_out, circumstances, keep
 
-MOST_REPEATS, SECONDS_OF_REPEATS = 9, 20.0
-TARGET_SHARE = 0.05
 EXPONENT_FROM = 8192
-MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DEFAULTS = {
     "cpu": {
         "width": 256,
@@ -81,17 +74,6 @@ DEFAULTS = {
         "lengths": [2**k for k in range(12, 25)],
     },
 }
-DENSE = {"same_depth": "dense, same depth", "same_parameters": "dense, same parameters"}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all rows have in common."""
-
-    device: str
-    dtype: str
-    num_genes: int
-    memory: MemoryConfig
 
 
 @dataclass(frozen=True)
@@ -167,16 +149,6 @@ def entries(arguments: argparse.Namespace) -> list[Entry]:
     ]
 
 
-def depth_of_as_many_parameters(model: ModelConfig, num_genes: int) -> int:
-    """Of the dense model whose number of parameters is nearest to that of this one."""
-    wanted = num_parameters(model, num_genes)
-
-    def difference(depth: int) -> int:
-        return abs(num_parameters(replace(model, attention="dense", depth=depth), num_genes) - wanted)
-
-    return min(range(1, 4 * model.depth + 1), key=difference)
-
-
 def measured_rows(entries: list[Entry], setting: Setting, budget: float) -> Iterator[dict[str, Any]]:
     """By length. The row at which a model drops out says why, in `left_out`."""
     latest: dict[str, dict[str, Any]] = {}
@@ -185,7 +157,7 @@ def measured_rows(entries: list[Entry], setting: Setting, budget: float) -> Iter
             shorter = latest.get(entry.name)
             if tokens not in entry.lengths or (shorter and "left_out" in shorter):
                 continue
-            row = describe(entry, tokens, setting)
+            row = describe(entry.name, entry.model, tokens, setting)
             predicted = predicted_seconds(row, shorter) if shorter else 0.0
             if predicted > budget:
                 row["left_out"] = f"it would take about {predicted:,.0f} s; --budget is {budget:,.0f}"
@@ -198,170 +170,9 @@ def measured_rows(entries: list[Entry], setting: Setting, budget: float) -> Iter
             yield row
 
 
-def describe(entry: Entry, tokens: int, setting: Setting) -> dict[str, Any]:
-    cost = step_cost(entry.model, [tokens], num_targets(tokens), setting.memory.checkpointing)
-    return {
-        "name": entry.name,
-        "attention": entry.model.attention,
-        "latents": entry.model.latents if entry.model.attention == "criss_cross" else None,
-        "depth": entry.model.depth,
-        "parameters": num_parameters(entry.model, setting.num_genes),
-        "tokens": tokens,
-        "flops": cost["cost/total_flops"],
-        "attention_share_of_flops": cost["cost/attention_share"],
-    }
-
-
-def predicted_seconds(row: dict[str, Any], shorter: dict[str, Any]) -> float:
-    """Of one step, and of the attention of one layer."""
-    measured = shorter["step_seconds"] + shorter["attention_seconds"] / shorter["depth"]
-    return measured * row["flops"] / shorter["flops"]
-
-
-def rates(row: dict[str, Any]) -> dict[str, float]:
-    return {
-        "tokens_per_second": row["tokens"] / row["step_seconds"],
-        "utilisation": row["flops"] / row["step_seconds"] / row["matrix_product_flops_per_second"],
-        "attention_share_of_time": row["attention_seconds"] / row["step_seconds"],
-    }
-
-
 def in_its_own_process(model: ModelConfig, tokens: int, setting: Setting) -> dict[str, Any]:
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        try:
-            return pool.submit(measure, model, tokens, setting).result()
-        except torch.OutOfMemoryError:
-            return {"left_out": "out of memory"}
-        except BrokenProcessPool:
-            return {"left_out": "its process was killed: out of memory, most likely"}
-
-
-def measure(model: ModelConfig, tokens: int, setting: Setting) -> dict[str, Any]:
-    """`attention_seconds` are of all layers."""
-    device = setting.device
-    # What is imported and made at the first step of a process shall count as neither time nor memory.
-    training_step(replace(model, width=8 * model.heads, depth=1), 32, setting)()
-    before = resident_peak() if device == "cpu" else 0
-    step = training_step(model, tokens, setting)
-    first = seconds_of(step, device)
-    after = resident_peak() if device == "cpu" else torch.cuda.max_memory_allocated()
-    multiply, flops = matrix_product(setting)
-    multiply()
-    repeats = min(MOST_REPEATS, int(SECONDS_OF_REPEATS / first))
-    steps, attentions, products = [] if repeats else [first], [], []
-    for _ in range(max(1, repeats)):
-        if repeats:
-            steps.append(seconds_of(step, device))
-        attentions.append(seconds_of(attention_of_a_layer(model, tokens, setting), device))
-        products.append(seconds_of(multiply, device))
-    return {
-        "step_seconds": statistics.median(steps),
-        "repeats": len(steps),
-        "memory_bytes": after - before,
-        "attention_seconds": model.depth * statistics.median(attentions),
-        "matrix_product_flops_per_second": flops / statistics.median(products),
-    }
-
-
-def seconds_of(work: Callable[[], Any], device: str) -> float:
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
-    synchronize()
-    started = time.perf_counter()
-    work()
-    synchronize()
-    return time.perf_counter() - started
-
-
-def resident_peak() -> int:
-    """Bytes. Linux; what `getrusage` says would begin with the peak of the process that started this one."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
-
-
-def training_step(model_config: ModelConfig, tokens: int, setting: Setting) -> Callable[[], None]:
-    draws = torch.Generator().manual_seed(0)
-    num_genes, device = setting.num_genes, setting.device
-    share, theta = torch.full((num_genes,), 1 / num_genes), torch.ones(num_genes)
-    model = Transformer(model_config, share, theta, setting.memory)
-    initialize(model, torch.randn(num_genes, 8, generator=draws), seed=0)
-    model.to(device, DTYPES[setting.dtype])
-    optimizer = optimizer_with_moments(model)
-    inputs, target_counts = random_context(tokens, num_genes, draws, device)
-
-    def step() -> None:
-        log_mu, log_theta = model(inputs)
-        negative_log_likelihood(target_counts, log_mu, log_theta).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def optimizer_with_moments(model: Transformer) -> torch.optim.AdamW:
-    """AdamW makes its moments at its first step; here they exist before, so that all steps need the same memory."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
-    return optimizer
-
-
-def num_targets(tokens: int) -> int:
-    return math.ceil(TARGET_SHARE * tokens)
-
-
-def random_context(tokens: int, num_genes: int, draws: torch.Generator, device: str) -> tuple[Inputs, Tensor]:
-    """A context, and the counts of its targets."""
-    counts = torch.poisson(torch.full((tokens,), 2.0), generator=draws)
-    targets = torch.randperm(tokens, generator=draws)[: num_targets(tokens)].sort().values
-    target_counts = counts[targets].to(device)
-    counts[targets] = 0
-    inputs = Inputs(
-        genes=torch.randint(num_genes, (tokens,), generator=draws).to(device),
-        counts=counts.to(device),
-        log_size_factors=torch.full((tokens,), math.log(2.0 * num_genes), device=device),
-        targets=targets.to(device),
-        offsets=[0, tokens],
-    )
-    return inputs, target_counts
-
-
-def attention_of_a_layer(model: ModelConfig, tokens: int, setting: Setting) -> Callable[[], None]:
-    """Read and write, or self-attention, of one layer, forward and backward; to be called once."""
-    activations = Activations(setting.memory.checkpointing)
-    form = {"dtype": DTYPES[setting.dtype], "device": setting.device}
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, model.heads, model.width // model.heads, **form).requires_grad_()
-
-    if model.attention == "dense":
-        attend = partial(attention.self_attention, backend=model.backend)
-        inputs, gradient = [random(tokens) for _ in range(3)], random(tokens)
-        return lambda: activations.run(attend, *inputs, [0, tokens]).backward(gradient)
-
-    cuts = cut_into_tiles([0, tokens], -(-tokens // (setting.memory.tile_tokens or TILE_TOKENS[setting.device])))
-    tile_queries, tile_keys, tile_values, gradients = ([random(c.stop - c.start) for c in cuts] for _ in range(4))
-    queries, keys, values, gradient = (random(1, model.latents) for _ in range(4))
-    write = partial(attention.write, backend=model.backend)
-
-    def read_and_write() -> None:
-        reading = attention.Reading(None, model.backend)
-        shown = zip(tile_keys, tile_values, cuts, strict=True)
-        links = [activations.run(reading.tile, queries, k, v, c.offsets) for k, v, c in shown]
-        found, _ = reading.result(links)
-        asked = zip(tile_queries, cuts, strict=True)
-        written = [activations.run(write, q, keys, values, c.offsets) for q, c in asked]
-        torch.autograd.backward([found, *written], [gradient, *gradients])
-
-    return read_and_write
-
-
-def matrix_product(setting: Setting) -> tuple[Callable[[], Tensor], float]:
-    """A plain square product, and its FLOPs."""
-    size = MATRIX_SIZE[setting.device]
-    a, b = (torch.randn(size, size, dtype=DTYPES[setting.dtype], device=setting.device) for _ in range(2))
-    return lambda: a @ b, 2.0 * size**3
+    measured = in_new_processes(measure, (model, tokens, setting))
+    return measured if LEFT_OUT in measured else medians(measured, model.depth)
 
 
 def speed_ups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

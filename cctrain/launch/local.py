@@ -216,3 +216,14 @@ def _kill(ranks: list[subprocess.Popen]) -> None:
 
 def _length(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
+
+
+def default_ranks() -> int:
+    """One for each GPU of this machine, or one."""
+    from cctrain.parallel.mesh import find_device_kind
+
+    if find_device_kind() == "cpu":
+        return 1
+    import torch
+
+    return torch.cuda.device_count()

@@ -10,20 +10,16 @@ Only `MlflowClient` is used, never the process-wide state of the fluent interfac
 when it is needed and not before.
 """
 
-import importlib
 import json
 import logging
-import os
-import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from math import isfinite
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from cctrain.errors import UsageError
-from cctrain.tracking.address import artifact_folder, check_uri, resolve_uri, sqlite_path, strip_credentials
+from cctrain.tracking.address import artifact_folder, check_uri, resolve_uri, strip_credentials
+from cctrain.tracking.client import connect, find_experiment
 from cctrain.tracking.content import (
     ATTEMPT_MARKER,
     CHECKPOINT_MARKER,
@@ -56,9 +52,6 @@ _RUN_TAG = "cctrain.run"
 _ARTIFACT_FOLDERS = ("evaluation", "figures")
 _MAX_METRICS = 1000  # of MLflow, a batch
 _MAX_PER_BATCH = 100  # parameters or tags
-# Says that the experiment is model training, not traces of a language model. From MLflow 3.17 on the page
-# goes by its address instead (`ui.run_page`), and this tag decides where the address does not.
-_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
 
 class Replay:
@@ -67,7 +60,7 @@ class Replay:
     def __init__(self, run_dir: Path, uri: str, experiment: str) -> None:
         check_uri(uri)
         self.run_dir, self.uri, self.experiment = Path(run_dir), resolve_uri(uri), experiment
-        self.client: MlflowClient = _connect(self.uri)
+        self.client: MlflowClient = connect(self.uri)
         self.experiment_id = ""
         self.run_id = ""
         self.offset = 0
@@ -111,7 +104,7 @@ class Replay:
 
     def _open(self) -> None:
         lines, _ = read_journal_from(self.run_dir, 0)
-        self.experiment_id = self._find_experiment()
+        self.experiment_id = find_experiment(self.client, self.experiment, artifact_folder(self.uri, self.run_dir))
         run = self._find_run(_identifier(lines, self.run_dir)) or self._create_run(lines)
         arrived = self._ask_what_arrived(run)
         self.doubled = next((place for place, times in arrived.items() if len(times) > 1), None)
@@ -121,27 +114,6 @@ class Replay:
     def _differs(self, line: Line) -> bool:
         held = self.held.get(_place(line))
         return held is not None and not is_same_training(held, signature(line))
-
-    def _find_experiment(self) -> str:
-        found = self.client.get_experiment_by_name(self.experiment)
-        if found is None:
-            folder = artifact_folder(self.uri, self.run_dir)
-            location = None if folder is None else folder.as_uri()
-            try:
-                return self.client.create_experiment(self.experiment, artifact_location=location, tags=_EXPERIMENT_TAGS)
-            except Exception:  # another run may have created it in this moment
-                found = self.client.get_experiment_by_name(self.experiment)
-                if found is None:
-                    raise
-        if found.lifecycle_stage != "active":
-            raise UsageError(
-                f"the MLflow experiment {self.experiment} was deleted: restore it there, or choose "
-                "another tracking.experiment"
-            )
-        for key, value in _EXPERIMENT_TAGS.items():
-            if key not in found.tags:
-                self.client.set_experiment_tag(found.experiment_id, key, value)
-        return found.experiment_id
 
     def _find_run(self, identifier: str) -> "Run | None":
         found = self.client.search_runs([self.experiment_id], f"tags.`{_RUN_TAG}` = '{identifier}'")
@@ -266,37 +238,6 @@ class Replay:
         temporary.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
         temporary.replace(path)
         return identity
-
-
-def _connect(uri: str) -> "MlflowClient":
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # standard output is the command's
-    # The birth of a database is told in a hundred lines otherwise, and each try to reach a lost server in one.
-    for name, level in (("alembic", "WARNING"), ("mlflow.store.db.utils", "WARNING"), ("urllib3", "ERROR")):
-        logging.getLogger(name).setLevel(level)
-    database = sqlite_path(uri)
-    mlflow = importlib.import_module("mlflow")
-    if database is not None and not database.exists():
-        _create_database(database, mlflow)
-    return mlflow.MlflowClient(tracking_uri=uri)
-
-
-def _create_database(database: Path, mlflow: Any) -> None:
-    """It gets its name when it is whole: one whose creation was cut short cannot be opened by MLflow ever again."""
-    database.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{database.name}.", dir=database.parent) as folder:
-        made, whole = Path(folder) / "made.db", Path(folder) / "whole.db"
-        mlflow.MlflowClient(tracking_uri=f"sqlite:///{made}")
-        # A copy, because MLflow keeps its connections to the file that it made.
-        with closing(sqlite3.connect(made)) as source, closing(sqlite3.connect(whole)) as target:
-            source.backup(target)
-        try:
-            os.link(whole, database)
-        except FileExistsError:
-            pass  # another run was faster
-        except OSError:  # a file system without hard links
-            whole.replace(database)
 
 
 def batches(measured: list[Line]) -> Iterator[tuple[list[Any], int]]:

@@ -1,10 +1,7 @@
-import math
-
 import pytest
 
-from cctrain.config import ModelConfig
-from cctrain.cost.parameters import num_parameters
-from tools.bench_step import DENSE, depth_of_as_many_parameters, exponents, speed_ups
+from cctrain.apply.scaling.points import DENSE
+from tools.bench_step import exponents, speed_ups
 
 
 def a_row(name: str, tokens: int, seconds: float | None) -> dict:
@@ -15,19 +12,6 @@ def a_row(name: str, tokens: int, seconds: float | None) -> dict:
         "attention": "dense" if name in DENSE.values() else "criss_cross",
     }
     return row if seconds is None else row | {"step_seconds": seconds}
-
-
-@pytest.mark.parametrize("depth", [1, 2, 6])
-def test_no_other_depth_of_the_dense_model_comes_nearer_to_as_many_parameters(depth):
-    model, genes = ModelConfig(width=64, depth=depth), 500
-    wanted = num_parameters(model, genes)
-
-    def difference(layers: int) -> int:
-        return abs(num_parameters(ModelConfig(attention="dense", width=64, depth=layers), genes) - wanted)
-
-    found = depth_of_as_many_parameters(model, genes)
-    assert difference(found) <= min(difference(found - 1) if found > 1 else math.inf, difference(found + 1))
-    assert found > depth
 
 
 def test_a_speed_up_is_dense_time_over_criss_cross_time_where_both_were_measured():

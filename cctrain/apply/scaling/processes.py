@@ -1,0 +1,120 @@
+"""A measurement in new processes, one for each context rank: memory begins at nothing, and running out of it is a fact
+to note, not the end of whoever asked."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cctrain.launch.local import free_port, rank_environment
+from cctrain.parallel.mesh import join_mesh
+
+LEFT_OUT = "left_out"
+OUT_OF_MEMORY = "out of memory"
+KILLED = "its process was killed: out of memory, most likely"
+SECONDS_FOR_THE_OTHERS = 5.0  # to say what happened to them, once one rank has failed
+PATIENCE = 7200.0  # seconds that a rank waits for another
+_FAILED = "failed"
+
+
+def in_new_processes(
+    task: Callable[..., dict[str, Any]], arguments: tuple[Any, ...], num_ranks: int = 1
+) -> dict[str, Any]:
+    """The first rank's answer, or {left_out: why}; `task` also gets the mesh where there are several ranks.
+
+    They end with this process, however it ends. Raises RuntimeError with the traceback of a task that fails otherwise.
+    """
+    context, port = multiprocessing.get_context("spawn"), free_port()
+    processes, answers = [], []
+    try:
+        for rank in range(num_ranks):
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_answer, args=(theirs, rank, num_ranks, port, task, arguments))
+            process.start()
+            theirs.close()  # so that its end is seen here
+            processes.append(process)
+            answers.append(ours)
+        return _judge(_collect(answers))
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _collect(answers: list[Connection]) -> list[dict[str, Any] | None]:
+    """By rank; of those that failed, one may be the consequence of another, so all are heard. None: no answer."""
+    found: dict[int, dict[str, Any]] = {}
+    open_ones = dict(zip(answers, range(len(answers)), strict=True))
+    deadline: float | None = None
+    while open_ones and (deadline is None or time.monotonic() < deadline):
+        timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+        for answer in wait(list(open_ones), timeout):
+            assert isinstance(answer, Connection)
+            rank = open_ones.pop(answer)
+            try:
+                found[rank] = answer.recv()
+            except EOFError:
+                found[rank] = {LEFT_OUT: KILLED}
+            if deadline is None and found[rank].keys() & {LEFT_OUT, _FAILED}:
+                deadline = time.monotonic() + SECONDS_FOR_THE_OTHERS
+    return [found.get(rank) for rank in range(len(answers))]
+
+
+def _judge(answers: list[dict[str, Any] | None]) -> dict[str, Any]:
+    given = [answer for answer in answers if answer is not None]
+    left_out = [answer for answer in given if LEFT_OUT in answer]
+    if left_out:
+        return min(left_out, key=lambda answer: answer[LEFT_OUT] == KILLED)  # what a rank says itself is surer
+    for answer in given:
+        if _FAILED in answer:
+            raise RuntimeError(answer[_FAILED])
+    return given[0]
+
+
+def _answer(
+    answer: Connection,
+    rank: int,
+    num_ranks: int,
+    port: int,
+    task: Callable[..., dict[str, Any]],
+    arguments: tuple[Any, ...],
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asked ends this process
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with suppress(OSError):  # when memory is short, the kernel shall end this process and no other
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    try:
+        result = _run(rank, num_ranks, port, task, arguments)
+    except (torch.OutOfMemoryError, MemoryError):
+        result = {LEFT_OUT: OUT_OF_MEMORY}
+    except Exception as error:
+        says_so = "can't allocate memory" in str(error)  # torch on CPUs has no error of its own for that
+        result = {LEFT_OUT: OUT_OF_MEMORY} if says_so else {_FAILED: traceback.format_exc()}
+    answer.send(result)
+
+
+def _run(
+    rank: int, num_ranks: int, port: int, task: Callable[..., dict[str, Any]], arguments: tuple[Any, ...]
+) -> dict[str, Any]:
+    if num_ranks == 1:
+        return task(*arguments)
+    os.environ.update(rank_environment(rank, num_ranks, port))
+    torch.set_num_threads(max(1, torch.get_num_threads() // num_ranks))  # left alone, each would take all cores
+    with join_mesh(PATIENCE, num_ranks) as mesh:
+        return task(*arguments, mesh)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)

@@ -1,0 +1,193 @@
+"""The sweep in words and tables: report.md, and points.csv with every number of every point."""
+
+import csv
+import io
+import platform
+from collections.abc import Iterable
+from typing import Any
+
+from cctrain.apply.scaling.analysis import CRISS_CROSS_TERMS, DENSE_TERMS
+from cctrain.apply.scaling.points import CRISS_CROSS, DENSE, Row
+
+COLUMNS = (
+    *("name", "kind", "attention", "latents", "context_ranks", "depth", "parameters", "tokens"),
+    *("step_seconds", "attention_seconds", "rest_seconds", "warm_up_seconds", "repeats", "tokens_per_second"),
+    *("flops", "attention_share_of_flops", "attention_share_of_time", "utilisation"),
+    *("matrix_product_flops_per_second", "memory_bytes", "left_out", "predicted_seconds", "time", "commit"),
+)
+MIB = 2**20
+
+
+def csv_text(rows: Iterable[Row]) -> str:
+    """One line a point; what was not measured is empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", restval="", lineterminator="\n")
+    writer.writeheader()
+    for row in in_order(rows):
+        more = {}
+        if "step_seconds" in row:
+            more["rest_seconds"] = row["step_seconds"] - row["attention_seconds"]
+            more["warm_up_seconds"] = row["timings"]["warm_up"]
+        writer.writerow(row | more)
+    return text.getvalue()
+
+
+def report_text(rows: Iterable[Row], found: dict[str, Any], settings: dict[str, Any], figures: list[str]) -> str:
+    """Markdown; `found` is what `analyse` says, `figures` are paths of PNG files beside the report."""
+    ordered = in_order(rows)
+    sections = [
+        "# The cost law, measured",
+        _setting_in_words(ordered, settings),
+        "## Attention",
+        _attention(found),
+        "## The whole step",
+        _total(found),
+        "## Dense beside criss-cross",
+        _crossovers(found),
+        _speed_ups(found),
+        *(f"![{path}]({path})" for path in figures),
+        "## All points",
+        _points(ordered),
+        "## How it was measured",
+        HOW,
+    ]
+    return "\n\n".join(filter(None, sections)) + "\n"
+
+
+HOW = """\
+Every point is measured in processes of its own, one for each context rank. A step is forward, loss, backward and AdamW
+on one context of random tokens; no token store is read. After one step that does not count (`warm_up_seconds` in
+points.csv), a step, the attention of one layer and a plain matrix product take turns; medians count. A step of over
+20 s is timed once, the first time. Attention is that of one layer run alone, forward and backward, times the number of
+layers: what the rest of a step does to the caches is not seen that way, and the rest is the difference of the two.
+Memory is what the first step added, weights, gradients and AdamW's moments among it: on a CPU the growth of the
+process's peak of resident memory, on a GPU the most that PyTorch had allocated; with several ranks, of the one with
+the most. FLOPs are by the closed form, recomputation included.
+
+Intervals are at 95 % (Student's t): they hold the noise from point to point, and not what a law leaves out. The law of
+the whole step is fitted to relative errors, with coefficients that are not negative, since each is time that something
+takes. A crossover is *measured* when it lies between two measured lengths (straight line between logarithms), and
+*extrapolated*, by the fitted laws, when it does not."""
+
+
+def in_order(rows: Iterable[Row]) -> list[Row]:
+    kinds = [CRISS_CROSS, *DENSE]
+    return sorted(
+        rows, key=lambda row: (kinds.index(row["kind"]), row["context_ranks"], row["latents"] or 0, row["tokens"])
+    )
+
+
+def exponent_in_words(law: dict[str, Any] | None) -> str:
+    """Such as `1.02 (0.99 to 1.05)`."""
+    if law is None:
+        return "too few points"
+    if law["low"] is None:
+        return f"{law['exponent']:.3f} (too few points for an interval)"
+    return f"{law['exponent']:.3f} ({law['low']:.3f} to {law['high']:.3f})"
+
+
+def crossover_in_words(found: dict[str, Any]) -> str:
+    common = f"{found['from']:,} to {found['to']:,}"
+    if found["verdict"] == "always":
+        beyond = ", and by the laws at all shorter ones" if found["by_laws"] else ""
+        return f"dense is slower at every length measured of both ({common}){beyond}"
+    if found["verdict"] == "never":
+        beyond = ", nor by the laws beyond" if found["by_laws"] else ""
+        return f"dense is not slower at n = {found['to']:,}, the longest measured of both{beyond}"
+    kind = "measured" if found["verdict"] == "measured" else f"extrapolated by the laws; measured was {common}"
+    return f"dense is slower from n = {found['tokens']:,.0f} on ({kind})"
+
+
+def _setting_in_words(rows: list[Row], settings: dict[str, Any]) -> str:
+    model, machine = settings["model"], settings["machine"]
+    left_out = sum("left_out" in row for row in rows)
+    commits = sorted({row["commit"] or "unknown" for row in rows})
+    memory = ", ".join(f"{key}={value}" for key, value in settings["memory"].items())
+    latent_width = model["latent_width"] or model["width"]
+    return "\n".join(
+        [
+            f"{len(rows) - left_out} points measured, {left_out} left out. Criss-cross: {model['depth']} layer(s) of "
+            f"width {model['width']}, {model['heads']} heads, latents of width {latent_width}, "
+            f"{settings['precision']}. Random contexts; a gene table of {settings['genes']:,} rows. {memory}.",
+            "",
+            "Machine: " + ", ".join(f"{key} {value}" for key, value in machine.items() if value is not None) + ".",
+            f"Commit: {', '.join(commits)}. Report made with Python {platform.python_version()}.",
+        ]
+    )
+
+
+def _attention(found: dict[str, Any]) -> str:
+    lines = [f"Time of attention alone, contexts of {found['fit_from']:,} tokens and more, as a power of"]
+    lines += ["", "| | exponent (95 %) | theory | away | R² | points |", "|---|---|---|---|---|---|"]
+    for name, law in found["attention"].items():
+        theory = 2 if "dense" in name else 1
+        rest = f"{law['exponent'] - theory:+.3f} | {law['r_squared']:.4f} | {law['points']}" if law else "| |"
+        lines.append(f"| {name} | {exponent_in_words(law)} | {theory} | {rest} |")
+    lines += ["", "`n` and `M` alone: one exponent for all points, with a factor of its own for each M, or each n."]
+    return "\n".join(lines)
+
+
+def _total(found: dict[str, Any]) -> str:
+    lines = ["Seconds of a step, all measured lengths on one context rank:", ""]
+    lines += ["| | law | R² | error: median | largest | points |", "|---|---|---|---|---|---|"]
+    for name, law in found["total"].items():
+        if law is None:
+            lines.append(f"| {name} | too few points | | | | |")
+            continue
+        terms = CRISS_CROSS_TERMS if name == "criss-cross" else DENSE_TERMS
+        said = " + ".join(_term(law["coefficients"][term], term) for term in terms)
+        lines.append(
+            f"| {name} | {said} | {law['r_squared']:.4f} | {law['median_error']:.1%} | {law['largest_error']:.1%} "
+            f"| {law['points']} |"
+        )
+    return "\n".join(lines)
+
+
+def _term(coefficient: dict[str, float | None], term: str) -> str:
+    factor = "" if term == "1" else f"·{term}"
+    if coefficient["low"] is None:
+        return f"{coefficient['value']:.3g}{factor}"
+    return f"{coefficient['value']:.3g} ({coefficient['low']:.3g} to {coefficient['high']:.3g}){factor}"
+
+
+def _crossovers(found: dict[str, Any]) -> str:
+    if not found["crossovers"]:
+        return "No length was measured of both."
+    lines = [
+        f"- M = {entry['latents']}, {DENSE[entry['against']]}: {crossover_in_words(entry)}"
+        for entry in found["crossovers"]
+    ]
+    return "\n".join(lines)
+
+
+def _speed_ups(found: dict[str, Any]) -> str:
+    times = {(e["latents"], e["against"], e["tokens"]): e["times"] for e in found["speed_ups"]}
+    if not times:
+        return ""
+    columns = sorted({(latents, kind) for latents, kind, _ in times}, key=lambda c: (c[1], c[0]))
+    lines = ["How many times as long dense takes:", ""]
+    lines.append("| n | " + " | ".join(f"M = {latents}, {DENSE[kind]}" for latents, kind in columns) + " |")
+    lines.append("|---" * (len(columns) + 1) + "|")
+    for tokens in sorted({tokens for _, _, tokens in times}):
+        cells = [times.get((latents, kind, tokens)) for latents, kind in columns]
+        lines.append(f"| {tokens:,} | " + " | ".join("" if c is None else f"{c:.2f}" for c in cells) + " |")
+    return "\n".join(lines)
+
+
+def _points(rows: list[Row]) -> str:
+    lines = [
+        "| model | layers | parameters | n | step s | attention s | attention: of FLOPs | of time | MiB | tokens/s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        model = f"| {row['name']} | {row['depth']} | {row['parameters']:,} | {row['tokens']:,} |"
+        share = f"{row['attention_share_of_flops']:.1%}"
+        if "left_out" in row:
+            lines.append(f"{model} left out: {row['left_out']} | | {share} | | | |")
+        else:
+            lines.append(
+                f"{model} {row['step_seconds']:.4g} | {row['attention_seconds']:.4g} | {share} "
+                f"| {row['attention_share_of_time']:.1%} | {row['memory_bytes'] / MIB:,.0f} "
+                f"| {row['tokens_per_second']:,.0f} |"
+            )
+    return "\n".join(lines)

@@ -1,0 +1,3 @@
+from tests.tracking.conftest import database, empty_database
+
+__all__ = ["database", "empty_database"]

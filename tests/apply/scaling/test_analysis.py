@@ -1,0 +1,119 @@
+"""Sweeps that were made by a known law: the law is found, with its crossovers, and nothing else is said."""
+
+import csv
+import io
+import json
+
+import pytest
+
+from cctrain.apply.scaling.analysis import analyse
+from cctrain.apply.scaling.figures import draw_figures
+from cctrain.apply.scaling.report import crossover_in_words, csv_text, report_text
+from tests.apply.scaling.sweeps import PER_PAIR, PER_SQUARE, PER_TOKEN, a_plan, a_row, rows_of, settings
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict:
+    return rows_of(a_plan())
+
+
+@pytest.fixture(scope="module")
+def found(rows) -> dict:
+    return analyse(rows.values())
+
+
+def test_attention_has_exponent_1_in_each_of_n_and_m_and_2_in_dense(found):
+    laws = found["attention"]
+    for name in ("n·M", "n", "M", "n, M = 64", "M, n = 4,096"):
+        assert laws[name]["exponent"] == pytest.approx(1), name
+    assert laws["n, dense, same depth"]["exponent"] == pytest.approx(2)
+    assert laws["n·M"]["points"] == 4 * 3
+
+
+def test_contexts_below_the_shortest_are_in_no_exponent_but_in_the_law_of_the_step(rows):
+    slow_start = rows | {"criss-cross, M = 32, n = 1024": rows["criss-cross, M = 32, n = 1024"] | {"step_seconds": 9.0}}
+    with_start, without = analyse(slow_start.values()), analyse(rows.values())
+    assert with_start["attention"] == without["attention"]
+    assert with_start["total"]["criss-cross"] != without["total"]["criss-cross"]
+
+
+def test_the_law_of_the_whole_step_is_found(found):
+    coefficients = {term: c["value"] for term, c in found["total"]["criss-cross"]["coefficients"].items()}
+    assert coefficients["n·M"] == pytest.approx(PER_PAIR)
+    assert coefficients["n"] == pytest.approx(PER_TOKEN)
+    assert found["total"]["dense, same depth"]["coefficients"]["n²"]["value"] == pytest.approx(PER_SQUARE)
+
+
+def test_a_crossover_with_dense_is_found_where_the_laws_meet(found):
+    # PER_PAIR · M + PER_TOKEN = PER_SQUARE · n + PER_TOKEN / 2
+    [crossing] = [c for c in found["crossovers"] if (c["latents"], c["against"]) == (128, "same_depth")]
+    assert crossing["verdict"] == "measured"
+    assert crossing["tokens"] == pytest.approx((PER_PAIR * 128 + PER_TOKEN / 2) / PER_SQUARE, rel=0.03)
+
+
+def test_without_short_contexts_the_crossover_is_extrapolated_and_the_words_say_so():
+    found = analyse(rows_of(a_plan([8192, 16384, 32768, 65536])).values())
+    crossing = found["crossovers"][0]
+    assert crossing["verdict"] == "extrapolated"
+    assert crossing["tokens"] == pytest.approx((PER_PAIR * 32 + PER_TOKEN / 2) / PER_SQUARE, rel=1e-3)
+    assert "extrapolated by the laws; measured was 8,192 to 65,536" in crossover_in_words(crossing)
+
+
+def test_context_ranks_enter_no_fit():
+    rows = rows_of(a_plan(context_ranks=(1, 2)))
+    assert analyse(rows.values()) == analyse(rows_of(a_plan()).values())
+
+
+def test_a_sweep_of_nothing_says_that_there_are_too_few_points():
+    found = analyse([a_row(a_plan().points[0], left_out="out of memory")])
+    assert found["attention"]["n·M"] is None
+    assert found["crossovers"] == []
+    assert "too few points" in report_text([], found, settings(), [])
+
+
+def test_fits_are_json_without_nan(found):
+    json.dumps(found, allow_nan=False)
+
+
+def test_the_report_has_how_far_each_exponent_is_from_theory(found):
+    laws = {"n·M": found["attention"]["n·M"] | {"exponent": 0.91}}
+    laws["n, dense, same depth"] = found["attention"]["n, dense, same depth"] | {"exponent": 2.04}
+    text = report_text([], found | {"attention": laws}, settings(), [])
+    assert "| n·M | 0.910 (1.000 to 1.000) | 1 | -0.090 | 1.0000 | 12 |" in text
+    assert "| n, dense, same depth | 2.040 (2.000 to 2.000) | 2 | +0.040 | 1.0000 | 4 |" in text
+
+
+def test_the_report_has_the_share_of_attention_beside_every_point(rows, found):
+    text = report_text(rows.values(), found, settings(), ["figures/cost.png"])
+    for row in rows.values():
+        share = f"{row['attention_share_of_flops']:.1%} | {row['attention_share_of_time']:.1%}"
+        assert any(
+            line.startswith(f"| {row['name']} |") and f"| {row['tokens']:,} |" in line and share in line
+            for line in text.splitlines()
+        )
+    assert "![figures/cost.png](figures/cost.png)" in text
+    assert "Commit: abc" in text
+
+
+def test_a_point_that_was_left_out_has_its_reason_and_no_time_in_report_and_table(rows, found):
+    point = a_plan([65536]).points[0]
+    more = rows | {point.key: a_row(point, left_out="out of memory")}
+    assert "left out: out of memory" in report_text(more.values(), found, settings(), [])
+    lines = list(csv.DictReader(io.StringIO(csv_text(more.values()))))
+    assert len(lines) == len(more)
+    [line] = [line for line in lines if line["left_out"]]
+    assert line["step_seconds"] == line["memory_bytes"] == ""
+    assert line["tokens"] == "65536"
+
+
+def test_every_figure_is_drawn_as_png_and_svg(tmp_path, found):
+    rows = rows_of(a_plan([1024, 4096], context_ranks=(1, 2)))
+    drawn = draw_figures(rows.values(), found, tmp_path)
+    assert [path.stem for path in drawn] == ["cost", "collapse", "memory", "time", "context_ranks"]
+    for path in drawn:
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert "</svg>" in path.with_suffix(".svg").read_text()
+
+
+def test_where_nothing_was_measured_nothing_is_drawn(tmp_path, found):
+    assert draw_figures([a_row(a_plan().points[0], left_out="out of memory")], found, tmp_path) == []

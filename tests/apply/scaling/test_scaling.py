@@ -1,0 +1,200 @@
+"""`cctrain scaling` as a user starts it: real points, killed and resumed, refusals; and processes that fail."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from cctrain.apply.scaling import command
+from cctrain.apply.scaling.command import numbers
+from cctrain.apply.scaling.measure import measure, medians
+from cctrain.apply.scaling.processes import KILLED, LEFT_OUT, OUT_OF_MEMORY, in_new_processes
+from cctrain.apply.scaling.sweep import sweep
+from cctrain.apply.scaling.work import Setting
+from cctrain.cli import app
+from cctrain.config import MemoryConfig, ModelConfig
+from cctrain.errors import UsageError
+from cctrain.parallel.mesh import Mesh
+from tests.apply.scaling.sweeps import timings
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        app(["scaling", *map(str, arguments)])
+    return int(ended.value.code or 0)
+
+
+@pytest.fixture
+def arguments(tmp_path: Path, database: str) -> list[str]:
+    config = tmp_path / "tiny.yaml"
+    config.write_text(f"model: {{width: 16, depth: 2, heads: 2, latents: 4}}\ntracking: {{uri: '{database}'}}\n")
+    return [str(config), f"run.dir={tmp_path / 'runs' / 'tiny'}", "--latents=4,8", "--repeats=2"]
+
+
+@pytest.fixture
+def quick_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Points take no time."""
+    lawful = lambda point, *_: timings(point)  # noqa: E731
+    monkeypatch.setattr(command, "sweep", lambda folder, plan, rows: sweep(folder, plan, rows, lawful))
+
+
+def out_of_memory() -> dict[str, Any]:
+    raise torch.OutOfMemoryError
+
+
+def not_allocated() -> dict[str, Any]:
+    return {"size": len(torch.empty(2**60))}
+
+
+def killed() -> dict[str, Any]:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
+def endless() -> dict[str, Any]:
+    time.sleep(600)
+    return {}
+
+
+def defective() -> dict[str, Any]:
+    raise ValueError("a defect")
+
+
+def one_without_memory(mesh: Mesh) -> dict[str, Any]:
+    """The others wait for it."""
+    if mesh.rank == 1:
+        raise torch.OutOfMemoryError
+    torch.distributed.barrier()
+    return {"rank": mesh.rank}
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_a_small_sweep_is_measured_and_its_second_call_measures_nothing(arguments, tmp_path, capfd):
+    arguments += ["--lengths=64", "--fit-from=1", "--json"]
+    assert run(*arguments) == 0
+    first = json.loads(capfd.readouterr().out)
+    folder = tmp_path / "runs" / "tiny-scaling"
+    points = (folder / "points.jsonl").read_bytes()
+    assert len(first["points"]) == len(points.splitlines()) == 4
+    assert all(0 < point["attention_share_of_time"] < 1 and point["memory_bytes"] >= 0 for point in first["points"])
+    assert first["fits"]["attention"]["n·M"]["points"] == 2
+    assert len(first["mlflow"]["children"]) == 4
+    for name in ("report.md", "points.csv", "fits.json", "mlflow.json", "figures/cost.png", "figures/collapse.svg"):
+        assert (folder / name).stat().st_size, name
+    assert run(*arguments) == 0
+    assert json.loads(capfd.readouterr().out) == first
+    assert (folder / "points.jsonl").read_bytes() == points
+
+
+def test_a_sweep_prints_its_exponents_and_where_the_report_is(arguments, tmp_path, capfd, caplog, quick_machine):
+    assert run(*arguments, "--lengths=4096,8192,16384", f"--out={tmp_path / 'other'}") == 0
+    shown = capfd.readouterr().out
+    assert "attention, exponent of n·M: 1.000 (1.000 to 1.000)" in shown
+    assert f"report: {tmp_path / 'other' / 'report.md'}" in shown
+    assert "% of the time" in caplog.text
+
+
+def test_other_settings_in_the_same_folder_are_refused(arguments, capfd, quick_machine):
+    assert run(*arguments, "--lengths=32") == 0
+    assert run(*arguments, "--lengths=32", "model.depth=3") == 2
+    assert "model.depth: 2 → 3" in capfd.readouterr().err
+
+
+def test_a_tracking_store_that_fails_is_a_warning_and_the_points_are_kept(arguments, tmp_path, caplog, quick_machine):
+    nowhere = tmp_path / "file"
+    nowhere.write_text("no folder")
+    assert run(*arguments, "--lengths=32", f"tracking.uri=sqlite:///{nowhere}/mlflow.db") == 0
+    assert "MLflow tracking failed" in caplog.text
+    assert len((tmp_path / "runs" / "tiny-scaling" / "points.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_dry_run_shows_points_and_time_and_writes_nothing(arguments, tmp_path, capfd):
+    assert run(*arguments, "--lengths=1024", "--context=1,2", "--dry-run") == 0
+    shown = capfd.readouterr().out
+    assert "criss-cross, M = 8, 2 context ranks, n = 1024" in shown
+    assert "6 of 6 points to measure" in shown
+    assert not (tmp_path / "runs" / "tiny-scaling").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("model.attention=dense", "set model.attention=criss_cross"),
+        ("training.precision=fp16", "choose fp32 or bf16"),
+        ("--lengths=1k", "--lengths '1k' is no list of numbers"),
+        ("tracking.uri=folder", "MLflow's file store"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is(arguments, tmp_path, capfd, change, said):
+    assert run(*arguments, change) == 2
+    assert said in capfd.readouterr().err
+    assert not (tmp_path / "runs" / "tiny-scaling").exists()
+
+
+def test_the_ranks_that_the_configuration_shares_contexts_among_are_measured_beside_one(arguments, capfd):
+    assert run(*arguments, "--lengths=1024", "parallel.context=2", "--dry-run") == 0
+    shown = capfd.readouterr().out
+    assert "criss-cross, M = 4, n = 1024" in shown
+    assert "criss-cross, M = 4, 2 context ranks, n = 1024" in shown
+
+
+def test_numbers_stand_between_commas_or_spaces():
+    assert numbers("--lengths", "1024, 4096 65536") == [1024, 4096, 65536]
+    for text in ("", "0", "-4", "a"):
+        with pytest.raises(UsageError, match="--lengths"):
+            numbers("--lengths", text)
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("task", "reason"), [(out_of_memory, OUT_OF_MEMORY), (not_allocated, OUT_OF_MEMORY), (killed, KILLED)]
+)
+def test_a_process_without_memory_is_a_point_that_was_left_out(task, reason):
+    assert in_new_processes(task, ()) == {LEFT_OUT: reason}
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_a_defect_is_an_error_with_its_traceback():
+    with pytest.raises(RuntimeError, match="a defect"):
+        in_new_processes(defective, ())
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_a_measurement_ends_with_the_process_that_asked_for_it():
+    asks = f"from {__name__} import endless, in_new_processes; in_new_processes(endless, ())"
+    asking = subprocess.Popen([sys.executable, "-c", asks], cwd=Path(__file__).parents[3])
+    while not (measuring := psutil.Process(asking.pid).children()):
+        assert asking.poll() is None
+        time.sleep(0.1)
+    asking.kill()
+    asking.wait()
+    assert not psutil.wait_procs(measuring, timeout=60)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_of_several_ranks_the_one_without_memory_speaks_for_all():
+    assert in_new_processes(one_without_memory, (), num_ranks=2) == {LEFT_OUT: OUT_OF_MEMORY}
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_context_is_measured_on_as_many_ranks_as_share_it(num_ranks):
+    model, setting = ModelConfig(width=16, depth=2, heads=2, latents=4), Setting("cpu", "fp32", 50, MemoryConfig())
+    found = in_new_processes(measure, (model, 41, setting, 2), num_ranks)
+    assert len(found["steps"]) == len(found["attention_of_a_layer"]) == 2
+    assert found["flops_of_matrix_products"] == num_ranks * 2 * 2048**3
+    assert medians(found, model.depth)["attention_seconds"] > 0
