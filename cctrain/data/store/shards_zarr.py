@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -130,9 +131,10 @@ class ZarrShards:
                 self._read(self._genes, first, last, genes)
                 self._read(self._counts, first, last, counts)
                 return
-            with ThreadPoolExecutor(1) as beside:
-                reading = beside.submit(self._read, self._genes, first, last, genes)
+            reading = _thread_of(os.getpid()).submit(self._read, self._genes, first, last, genes)
+            try:
                 self._read(self._counts, first, last, counts)
+            finally:
                 reading.result()
 
     def _read(self, array: "_ShardedArray", first: int, last: int, out: np.ndarray) -> None:
@@ -147,6 +149,12 @@ class ZarrShards:
                     f"{array.file(shard)}: cannot be decoded ({error}): the store is damaged. Run "
                     f"`cctrain inspect {self._root} --verify` for all damage, then prepare it again."
                 ) from error
+
+
+@cache
+def _thread_of(process: int) -> ThreadPoolExecutor:
+    """One for all reading of a process: to start one takes a quarter of a millisecond, and a fork leaves it behind."""
+    return ThreadPoolExecutor(1, thread_name_prefix="decoding")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The Zarr form: what we read directly is what zarr-python reads, and nothing that it does not."""
 
 import json
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -55,6 +56,17 @@ def test_a_flipped_bit_of_a_chunk_or_of_the_index_is_named(tmp_path, name, place
     decode(shards, 0, 8)
     with pytest.raises(DataError, match=f"X/{name}/c/1: cannot be decoded .its CRC-32C does not match"):
         decode(shards, 0, 16)
+
+
+def test_a_process_forked_from_one_that_has_read_reads_too(tmp_path):
+    shards = reader(many_shards(tmp_path / "store", "zarr")[0])
+    decode(shards, 0, 20)  # by a thread that no fork takes along
+    child = multiprocessing.get_context("fork").Process(target=decode, args=(shards, 0, 20))
+    child.start()
+    child.join(60)
+    came_to_an_end = child.exitcode
+    child.kill()
+    assert came_to_an_end == 0
 
 
 def test_a_shard_of_no_bytes_is_named(tmp_path):
