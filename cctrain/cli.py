@@ -344,7 +344,8 @@ def estimate(
     parts first, for 20 seconds; of other devices it is a model."""
 
     def work() -> Any:
-        from cctrain.apply.estimate import as_json, as_text, estimate_configuration
+        from cctrain.apply.estimate import estimate_configuration
+        from cctrain.cost.estimate import as_json, as_text
         from cctrain.launch.local import default_ranks
 
         num_ranks = ranks or (1 if device else default_ranks())

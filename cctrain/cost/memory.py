@@ -43,11 +43,13 @@ streams stay on the device, and L + 1 are elsewhere.
 
 from dataclasses import dataclass, fields
 
-from cctrain.config import MemoryConfig, ModelConfig
+from cctrain.config import Config, MemoryConfig, ModelConfig
 from cctrain.cost.parameters import num_parameters, parameters_of_a_layer
 from cctrain.cost.traffic import FETCHED_AHEAD
+from cctrain.cost.work import Load, Work
 
 STREAM_BYTES, PACK_BYTES, TARGET_BYTES = 4, 30, 200
+LARGEST_BUCKET = 500_000_000  # numbers; DeepSpeed's own default
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,9 @@ class ActivationMemory:
         return sum(getattr(self, field.name) for field in fields(self)) - self.offloaded
 
 
-@dataclass(frozen=True)
-class Load:
-    """What a rank holds of one micro-batch: its tokens, of how many contexts, and how many of them are targets."""
-
-    tokens: float
-    contexts: float
-    targets: float
+def reduce_bucket(parameters: int) -> int:
+    """DeepSpeed's reduce_bucket_size, in numbers: it allocates that many, whatever the model needs."""
+    return min(LARGEST_BUCKET, parameters)
 
 
 def state(model: ModelConfig, num_genes: int, stage: int, element_bytes: int, ranks: int, bucket: float) -> State:
@@ -162,3 +160,10 @@ def peak(state: State, activations: ActivationMemory, micro_batches: int) -> flo
     in the later ones they are there from the start."""
     together = activations.total + state.backward if micro_batches > 1 else max(activations.total, state.backward)
     return state.kept + max(together, state.step)
+
+
+def rank_memory(config: Config, num_genes: int, work: Work) -> tuple[State, ActivationMemory]:
+    model, zero_options = config.model, config.deepspeed.get("zero_optimization", {})
+    bucket = zero_options.get("reduce_bucket_size", reduce_bucket(num_parameters(model, num_genes)))
+    held = state(model, num_genes, work.zero_stage, work.element_bytes, work.ranks, bucket)
+    return held, activations(model, num_genes, work.load, work.memory, work.tile_tokens, work.element_bytes)

@@ -12,15 +12,16 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from cctrain.config import MemoryConfig, ModelConfig
+from cctrain.config import Config, MemoryConfig, ModelConfig
 from cctrain.cost.devices import Device, load_device
-from cctrain.cost.memory import Load, activations, peak, state
-from cctrain.cost.step_time import Work, collectives, seconds_of, step_seconds
+from cctrain.cost.memory import peak, rank_memory
+from cctrain.cost.step_time import collectives, seconds_of, step_seconds
 from cctrain.cost.traffic import Collective, ring_of_a_layer, ulysses_of_a_layer
+from cctrain.cost.work import Load, Work
 
 TOKENS_OF_A_STEP = 100_000_000
 LENGTHS, GPUS = (100_000, 1_000_000, 10_000_000, 100_000_000), (8, 64, 512, 4096)
-GENES, TARGET_SHARE, TILE_TOKENS, ELEMENT_BYTES, BUCKET = 60_000, 0.05, 65_536, 2, 500_000_000
+GENES, TARGET_SHARE, TILE_TOKENS, ELEMENT_BYTES = 60_000, 0.05, 65_536, 2
 MODEL = ModelConfig(width=1024, depth=24, heads=16, latents=256)
 MEMORY = MemoryConfig(checkpointing=True)
 KINDS = ("criss-cross", "dense, ring", "dense, Ulysses")
@@ -69,8 +70,7 @@ def work_of_a_step(tokens: int, contexts: int, gpus: int, context_ranks: int) ->
 
 
 def memory_of(model: ModelConfig, work: Work) -> float:
-    held = state(model, GENES, work.zero_stage, ELEMENT_BYTES, work.ranks, BUCKET)
-    made = activations(model, GENES, work.load, MEMORY, TILE_TOKENS, ELEMENT_BYTES)
+    held, made = rank_memory(Config(model=model), GENES, work)
     return peak(held, made, work.micro_batches)
 
 

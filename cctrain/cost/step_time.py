@@ -13,28 +13,14 @@ and once a micro-batch 6 V d e, to make, fill and add the gradient of the gene v
 
 from dataclasses import dataclass, fields
 
-from cctrain.config import MemoryConfig, ModelConfig
+from cctrain.config import ModelConfig
 from cctrain.cost.devices import Device
 from cctrain.cost.flops import Flops, step_flops
-from cctrain.cost.memory import Load
 from cctrain.cost.parameters import num_parameters
 from cctrain.cost.traffic import Collective, exchange_of_a_layer, zero
+from cctrain.cost.work import Work
 
 SMALL_COLLECTIVES = 8  # a step: which slices there are, the loss, the norm of the gradient
-
-
-@dataclass(frozen=True)
-class Work:
-    """One step: ranks, C of them for each context, and what a rank does of it in each of its micro-batches."""
-
-    ranks: int
-    context_ranks: int
-    micro_batches: int
-    load: Load
-    zero_stage: int
-    element_bytes: int
-    memory: MemoryConfig
-    tile_tokens: int
 
 
 @dataclass(frozen=True)
@@ -51,28 +37,6 @@ class StepSeconds:
     @property
     def total(self) -> float:
         return sum(getattr(self, field.name) for field in fields(self))
-
-
-def work_of(
-    tokens: float,
-    targets: float,
-    global_batch: int,
-    micro_batch_tokens: int,
-    ranks: int,
-    context_ranks: int,
-    zero_stage: int,
-    element_bytes: int,
-    memory: MemoryConfig,
-    tile_tokens: int,
-) -> Work:
-    """Of contexts with so many tokens, of them so many targets; of the rank that has most to do."""
-    contexts = -(-global_batch * context_ranks // ranks)
-    held = tokens / context_ranks
-    together = min(contexts, max(1, int(micro_batch_tokens // held)))
-    micro_batches = -(-contexts // together)
-    contexts_each = contexts / micro_batches
-    load = Load(contexts_each * held, contexts_each, contexts_each * targets / context_ranks)
-    return Work(ranks, context_ranks, micro_batches, load, zero_stage, element_bytes, memory, tile_tokens)
 
 
 def rank_flops(model: ModelConfig, work: Work) -> Flops:

@@ -1,8 +1,10 @@
-"""A cluster profile: the three things in which clusters differ, in a YAML file.
+"""A cluster profile: the things in which clusters differ, in a YAML file.
 
 sbatch:   options of #SBATCH, as a dictionary
 setup:    lines of shell before anything runs: modules, an environment
 prefix:   words before the command of every rank: a container
+device:   which GPU it has, for the estimate: a name in cctrain/cost/devices, or a file of that form. Default: the kind
+          that sbatch asks for (gpus-per-node: h100:4)
 """
 
 import re
@@ -13,10 +15,11 @@ from typing import Any
 import yaml
 
 import cctrain
+from cctrain.cost.devices import known_devices
 from cctrain.errors import UsageError
 
 LAUNCHERS = Path(cctrain.__file__).parents[1] / "launchers"
-KEYS = ("sbatch", "setup", "prefix")
+KEYS = ("sbatch", "setup", "prefix", "device")
 # What the batch script needs to be as it is, and what to do instead.
 RESERVED = {
     "output": "the logs are in RUN/logs",
@@ -40,6 +43,7 @@ class Profile:
     sbatch: dict[str, str] = field(default_factory=dict)
     setup: list[str] = field(default_factory=list)
     prefix: str = ""
+    device: str = ""
 
 
 def load_profile(name: str) -> Profile:
@@ -67,6 +71,15 @@ def gpus_of(sbatch: dict[str, str]) -> int:
     return int(_count(found) or 1) if found else 0
 
 
+def device_of(profile: Profile, sbatch: dict[str, str]) -> str | None:
+    """The GPU by the name of its device file; None where nothing says which one it is."""
+    if profile.device:
+        return profile.device
+    asked = f"{sbatch.get('gpus-per-node', '')} {_gres_of_gpus(sbatch) or ''}".lower()
+    words = set(re.findall("[a-z0-9]+", asked))
+    return next((name for name in known_devices() if name in words), None)
+
+
 def with_gpus(sbatch: dict[str, str], num: int) -> dict[str, str]:
     """The same options with another number of GPUs per node, asked for in the same way."""
     if (found := _gres_of_gpus(sbatch)) is not None:
@@ -91,7 +104,10 @@ def _read(path: Path, content: Any) -> Profile:
     prefix = content.get("prefix") or ""
     if not isinstance(prefix, str) or "\n" in prefix.strip():
         raise UsageError(f"{path}: prefix must be one line, the words before a command")
-    return Profile(path.stem, _options(path, sbatch), setup, prefix.strip())
+    device = content.get("device") or ""
+    if not isinstance(device, str):
+        raise UsageError(f"{path}: device must be a name, such as h100, or a file")
+    return Profile(path.stem, _options(path, sbatch), setup, prefix.strip(), device)
 
 
 def _options(path: Path, sbatch: dict[str, str]) -> dict[str, str]:

@@ -8,6 +8,8 @@
 The trainer writes RUN/config.yaml itself when it first starts, and compares the submitted one with it ever after.
 """
 
+import copy
+import logging
 import os
 import shlex
 import sys
@@ -17,15 +19,19 @@ from typing import Any
 
 from cctrain.code_version import code_commit, code_difference, code_digest
 from cctrain.config import Config, load_config, to_yaml
+from cctrain.cost.devices import load_device
+from cctrain.cost.estimate import needs_of, summary
 from cctrain.data.store.store import TokenStore, open_store
 from cctrain.errors import UsageError
 from cctrain.launch.passwords import check_no_secrets, without_secrets
-from cctrain.launch.profile import Profile, load_profile
+from cctrain.launch.profile import Profile, device_of, gpus_of, load_profile
 from cctrain.launch.script import Request, render, resources
 from cctrain.launch.submissions import ask_slurm, is_over, jobs_of, read_submissions, record_submission, require, slurm
 from cctrain.run_directory import write_atomically
 from cctrain.tracking.address import resolve_uri
 from cctrain.tracking.journal import JOURNAL_NAME
+
+log = logging.getLogger(__name__)
 
 
 def submit(
@@ -58,6 +64,7 @@ def submit(
     options = ["--accept-changes"] if accept_changes else []
     script = render(run_dir, folder / "config.yaml", profile, request, sys.executable, code_digest(), options)
     check_no_secrets(script, f"the script made with the profile {profile.name}")
+    log.info("%s", estimate_in_words(config, store, profile, request))
     result = {"run": str(run_dir), "script": str(folder / "job.sbatch"), "jobs": [], "text": script}
     if dry_run:
         return result
@@ -118,6 +125,18 @@ def check_rows(config: Config, profile: Profile, request: Request) -> None:
                 f"parallel.context={config.parallel.context} does not divide the {nodes * ranks_per_node} rank(s) of "
                 f"{nodes} node(s): ask for other --nodes, or for other ranks on each (--ranks-per-node)"
             )
+
+
+def estimate_in_words(config: Config, store: TokenStore, profile: Profile, request: Request) -> str:
+    """What the training needs on the fewest nodes that it may get."""
+    from cctrain.training.data import look_at_store
+
+    sbatch, ranks_per_node = resources(profile, request)
+    ranks = ranks_per_node * int(sbatch["nodes"].partition("-")[0])
+    name = device_of(profile, sbatch)
+    resolved, contexts = look_at_store(copy.deepcopy(config), store)
+    needs = needs_of(resolved, contexts, ranks, "cuda" if gpus_of(sbatch) else "cpu")
+    return summary(needs, load_device(name, config.training.precision) if name else None)
 
 
 def refuse_if_submitted(run_dir: Path, former: list[dict[str, Any]]) -> None:

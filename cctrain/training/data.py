@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from cctrain.config import Config
+from cctrain.cost.work import Contexts
 from cctrain.data.hashing import hash64
 from cctrain.data.loading.batches import Batch
 from cctrain.data.loading.contexts import ContextRule, target_probability
@@ -50,6 +51,23 @@ def resolve_micro_batch(config: Config, loader: Loader) -> int:
             + (" or data.window" if config.data.context == "group" else "")
         )
     return micro_batch
+
+
+def contexts_of_store(rule: ContextRule, store: TokenStore, loader: Loader) -> Contexts:
+    measured = (store.measured * rule.target_probability).sum(axis=1)[store.source_of_cell[: store.num_train]]
+    visible = np.minimum(store.num_tokens[: store.num_train], rule.max_tokens)
+    cells_each = store.num_train / loader.samples.num_train
+    targets = cells_each * float(measured.mean())
+    return Contexts(cells_each * float(visible.mean()) + targets, targets, len(store.genes.ids))
+
+
+def look_at_store(config: Config, store: TokenStore) -> tuple[Config, Contexts]:
+    """The configuration with the defaults that its store decides, and what its contexts are like."""
+    config = resolve(config, store)
+    rule = training_rule(config, store)
+    loader = Loader(store, rule, Share(0, 1, 0, config.parallel.context), 0)
+    config.data.micro_batch_tokens = resolve_micro_batch(config, loader)
+    return config, contexts_of_store(rule, store, loader)
 
 
 def share_of(mesh: Mesh) -> Share:

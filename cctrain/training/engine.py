@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from cctrain.config import Config
+from cctrain.cost.memory import LARGEST_BUCKET, reduce_bucket
 from cctrain.cost.parameters import parameters_of_a_layer
 from cctrain.errors import UsageError
 from cctrain.model.kernels.choice import choose
@@ -40,7 +41,7 @@ def build_engine(model: Transformer, config: Config, mesh: Mesh) -> Any:
         engine, *_ = _deepspeed().initialize(
             model=model,
             optimizer=_optimizer(model, config),
-            config=deepspeed_config(config),
+            config=deepspeed_config(config, sum(math.prod(full_shape(p)) for p in model.parameters())),
             dist_init_required=False,
         )
     log.debug("DeepSpeed: %s", said.getvalue())
@@ -49,8 +50,8 @@ def build_engine(model: Transformer, config: Config, mesh: Mesh) -> Any:
     return engine
 
 
-def deepspeed_config(config: Config) -> dict[str, Any]:
-    """What DeepSpeed is told. Keys of the `deepspeed:` section win."""
+def deepspeed_config(config: Config, parameters: int = LARGEST_BUCKET) -> dict[str, Any]:
+    """What DeepSpeed is told for a model of so many parameters. Keys of the `deepspeed:` section win."""
     precision = config.training.precision
     derived: dict[str, Any] = {
         # DeepSpeed insists on batch sizes; ours vary from step to step and are counted by us.
@@ -60,6 +61,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         "zero_optimization": {
             "stage": config.parallel.zero_stage,
             "overlap_comm": False,
+            "reduce_bucket_size": reduce_bucket(parameters),
             # Stage 3: a layer's weights stay whole while its tiles pass, and no longer. By default they would all stay
             # that come again within a billion numbers, and every call of every module looks that far ahead: with 400
             # tiles, most of a step's time.

@@ -7,17 +7,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from cctrain.config import Config
+from cctrain.cost.memory import peak, rank_memory
 from cctrain.cost.parameters import num_parameters
 from cctrain.cost.step import step_cost
+from cctrain.cost.work import work_of
 from cctrain.data.loading.loader import Loader
 from cctrain.data.store.store import TokenStore
+from cctrain.model.tiles import TILE_TOKENS
 from cctrain.parallel.mesh import Mesh
+from cctrain.training.data import contexts_of_store
 from cctrain.training.engine import DTYPES
 
 log = logging.getLogger(__name__)
@@ -73,37 +76,31 @@ class Report:
 
 def plan(config: Config, mesh: Mesh, store: TokenStore, loader: Loader) -> list[str]:
     """What is about to be trained, on what, with how much memory, and for how long at least."""
-    probability = loader.rule.target_probability
-    mean_targets = float((store.measured * probability).sum(axis=1)[store.source_of_cell[: store.num_train]].mean())
-    visible = np.minimum(store.num_tokens[: store.num_train], loader.rule.max_tokens)
-    samples = loader.samples
-    cells_each = store.num_train / samples.num_train
-    mean_tokens, mean_targets = cells_each * (float(visible.mean()) + mean_targets), cells_each * mean_targets
-    contexts = config.training.steps * config.data.global_batch
-    cost = step_cost(
-        config.model, [round(mean_tokens)], round(mean_targets), config.memory.checkpointing, config.parallel.zero_stage
-    )
-    parameters = num_parameters(config.model, len(store.genes.ids))
-    shards = mesh.num_ranks
+    contexts = contexts_of_store(loader.rule, store, loader)
+    work = work_of(config, contexts, mesh.num_ranks, TILE_TOKENS[mesh.device.type])
+    held, made = rank_memory(config, contexts.genes, work)
+    samples, cells_each = loader.samples, store.num_train / loader.samples.num_train
+    trained = config.training.steps * config.data.global_batch
     stage = config.parallel.zero_stage
-    weight_bytes = 4 if config.training.precision == "fp32" else 2
-    state = parameters * (8 + (4 if weight_bytes == 2 else 0)) / (shards if stage >= 1 else 1)
-    state += parameters * 4 / (shards if stage >= 2 else 1) + parameters * weight_bytes / (shards if stage >= 3 else 1)
+    cost = step_cost(
+        config.model, [round(contexts.tokens)], round(contexts.targets), config.memory.checkpointing, stage
+    )
     rate = matrix_product_rate(config.model.width, config.training.precision, mesh.device)
-    seconds = contexts * cost["cost/total_flops"] / (rate * mesh.num_ranks)
+    seconds = trained * cost["cost/total_flops"] / (rate * mesh.num_ranks)
     m = f", {config.model.latents} latents" if config.model.attention == "criss_cross" else ""
     return [
         f"data: {store.num_train:,} training cells, {store.num_cells - store.num_train:,} held out, "
-        f"{len(store.genes.ids):,} genes; contexts of about {mean_tokens:,.0f} tokens, "
-        f"{mean_targets:,.0f} of them targets" + (f", of {cells_each:,.1f} cells" if cells_each > 1 else ""),
+        f"{contexts.genes:,} genes; contexts of about {contexts.tokens:,.0f} tokens, "
+        f"{contexts.targets:,.0f} of them targets" + (f", of {cells_each:,.1f} cells" if cells_each > 1 else ""),
         f"model: {config.model.attention}, {config.model.depth} layers, width {config.model.width}{m}: "
-        f"{parameters:,} parameters",
+        f"{num_parameters(config.model, contexts.genes):,} parameters",
         f"training: {config.training.steps:,} steps of {config.data.global_batch} contexts "
-        f"({contexts / samples.num_train:.1f} epochs), {config.training.precision}, "
+        f"({trained / samples.num_train:.1f} epochs), {config.training.precision}, "
         f"ZeRO {stage} on {mesh.num_ranks} {'GPU' if mesh.device.type == 'cuda' else 'CPU'} rank(s)"
         + (f", {mesh.num_context_ranks} for each context" if mesh.num_context_ranks > 1 else ""),
-        f"memory: {state / 2**20:,.0f} MiB a rank for weights, gradients and optimizer, and the activations of "
-        f"{config.data.micro_batch_tokens:,} tokens",
+        f"memory: about {peak(held, made, work.micro_batches) / 2**20:,.0f} MiB a rank beside the process itself: "
+        f"{held.kept / 2**20:,.0f} for weights and optimizer, {made.total / 2**20:,.0f} for the activations of "
+        f"{work.load.tokens:,.0f} tokens, and what each step needs for a while",
         f"time: {duration(seconds)} at least, at the speed of a plain matrix product here ({rate / 1e9:,.0f} GFLOP/s); "
         f"attention is {100 * cost['cost/attention_share']:.0f} % of the arithmetic",
     ]

@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from cctrain.apply.estimate import look_at_store
 from cctrain.cli import app
 from cctrain.config import load_config
 from cctrain.cost.parameters import num_parameters
 from cctrain.data.loading.loader import Loader, Share
 from cctrain.data.store.store import TokenStore
-from cctrain.training.data import training_order, training_rule
+from cctrain.training.data import look_at_store, training_order, training_rule
 
 CONFIG = """
 model: {width: 16, depth: 1, heads: 2, latents: 4}
@@ -35,7 +34,7 @@ def estimated(config: Path, *words: str, code: int = 0) -> str:
 
 
 def test_a_store_says_how_long_its_contexts_are(config: Path, tiny_store: TokenStore):
-    loaded, contexts = look_at_store(load_config(config, [f"data.store={tiny_store.path}"]))
+    loaded, contexts = look_at_store(load_config(config, [f"data.store={tiny_store.path}"]), tiny_store)
     loader = Loader(tiny_store, training_rule(loaded, tiny_store), Share(), 10**6)
     order = training_order(loaded, loader)
     epochs = [loader.step(order, tiny_store.num_train, tiny_store.num_train * epoch) for epoch in range(20)]

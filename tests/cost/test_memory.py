@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from cctrain.config import MemoryConfig, ModelConfig
-from cctrain.cost.memory import Load, activations, peak, state
+from cctrain.cost.memory import activations, peak, state
 from cctrain.cost.parameters import num_parameters
+from cctrain.cost.work import Load
 from cctrain.training.objective import negative_log_likelihood
 from tests.cost.conftest import ZERO_KINDS, ZERO_MODEL, ZERO_RANKS, zero_steps
 from tests.cost.counting import NUM_GENES, allocated, built, inputs_of

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from cctrain.config import MemoryConfig, ModelConfig
+from cctrain.config import Config, MemoryConfig, ModelConfig
 from cctrain.cost.devices import FOLDER, Device, known_devices, load_device
 from cctrain.cost.flops import step_flops
-from cctrain.cost.step_time import collectives, rank_flops, seconds_of, step_seconds, work_of
+from cctrain.cost.step_time import collectives, rank_flops, seconds_of, step_seconds
 from cctrain.cost.traffic import Collective
+from cctrain.cost.work import Contexts, work_of
 from cctrain.errors import UsageError
 
 MODEL, GENES = ModelConfig(width=32, depth=2, heads=2, latents=8), 500
@@ -19,9 +20,10 @@ IDLE = Device("idle", 1e9, 1.0, 1.0, NEVER_WAITS, NEVER_WAITS, 0.0, 0.0, 0.0, 8,
 
 
 def work(tokens=1000, targets=50, global_batch=8, micro_batch_tokens=4000, ranks=2, context_ranks=1, stage=1, **memory):
-    return work_of(
-        tokens, targets, global_batch, micro_batch_tokens, ranks, context_ranks, stage, 4, MemoryConfig(**memory), 256
-    )
+    config = Config(model=MODEL, memory=MemoryConfig(**memory))
+    config.data.global_batch, config.data.micro_batch_tokens = global_batch, micro_batch_tokens
+    config.parallel.context, config.parallel.zero_stage = context_ranks, stage
+    return work_of(config, Contexts(tokens, targets, GENES), ranks, tile_tokens=256)
 
 
 def test_micro_batches_hold_as_many_contexts_as_fit_into_their_tokens():

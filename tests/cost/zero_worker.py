@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cctrain.config import Config, ModelConfig
-from cctrain.cost.parameters import num_parameters
 from cctrain.data.loading.loader import Loader
 from cctrain.data.store.store import TokenStore, open_store
 from cctrain.parallel.mesh import Mesh, join_mesh
@@ -63,9 +62,6 @@ def steps(store_path: str, model: dict[str, Any], kinds: list[tuple[int, str]], 
         config.data.store, config.data.micro_batch_tokens = store_path, MICRO_BATCH_TOKENS
         config.training.precision, config.parallel.zero_stage = precision, stage
         config = resolve(config, store)
-        num_genes = len(store.genes.ids)
-        bucket = {"reduce_bucket_size": num_parameters(config.model, num_genes)}
-        config.deepspeed = {"zero_optimization": bucket}
         training = Training(config, store, mesh)
         left = [allocated(work)[0] for work in (training.build, *[training.step] * 5)]
         kept = list(accumulate(left))[1:]  # after every step

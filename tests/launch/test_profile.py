@@ -36,7 +36,7 @@ def test_values_are_taken_as_they_are_written(tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("sbacth: {}", "unknown key sbacth.*keys sbatch, setup, prefix"),
+        ("sbacth: {}", "unknown key sbacth.*keys sbatch, setup, prefix, device"),
         ("- a", "is no mapping"),
         ("sbatch: [a]", "sbatch must be a mapping"),
         ("sbatch: {a: {b: c}}", "sbatch must be a mapping"),

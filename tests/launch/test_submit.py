@@ -1,6 +1,7 @@
 """What `cctrain submit` writes, refuses and hands over; the jobs here never start. Their lives are in test_cluster."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,27 @@ def files_of(run_dir: Path) -> dict[str, str]:
 
 
 # ---- without Slurm
+
+
+@pytest.mark.parametrize(
+    "told", ["sbatch: {gpus-per-node: 'nvidia_h200:4'}", "{sbatch: {gpus-per-node: 4}, device: h200}"]
+)
+def test_it_says_what_the_training_needs_and_how_long_it_takes_on_such_gpus(folder, capfd, told):
+    (folder / "own.yaml").write_text(told)
+    app(
+        ["submit", "tiny.yaml", "run.dir=runs/a", "--profile=own.yaml", "--nodes=2-4", "--dry-run"],
+        standalone_mode=False,
+    )
+    said = capfd.readouterr().err
+    assert "on each of 8 rank(s)" in said
+    assert re.search(r"fits into the 1\d\d GB of NVIDIA H200; about .* s a step, .* h for 10,000 steps", said)
+
+
+def test_where_nothing_names_the_gpus_it_says_what_the_training_needs(folder, capfd):
+    app(["submit", "tiny.yaml", "run.dir=runs/a", "--profile=gpu", "--dry-run"], standalone_mode=False)
+    said = capfd.readouterr().err
+    assert "on each of 1 rank(s)" in said
+    assert "s a step" not in said
 
 
 def test_a_dry_run_shows_the_script_and_writes_nothing(folder, capfd):

@@ -1,3 +1,4 @@
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,14 @@ from cctrain.config import Config, ModelConfig
 from cctrain.errors import UsageError
 from cctrain.model.transformer import Transformer
 from cctrain.parallel.mesh import Mesh, join_mesh
-from cctrain.training.engine import _optimizer, build_engine, deepspeed_config, set_learning_rate, sharded_if_wanted
+from cctrain.training.engine import (
+    _optimizer,
+    build_engine,
+    deepspeed_config,
+    full_shape,
+    set_learning_rate,
+    sharded_if_wanted,
+)
 
 CPU = Mesh(rank=0, num_ranks=1, device=torch.device("cpu"))
 
@@ -70,6 +78,17 @@ def test_zero_3_keeps_weights_for_the_length_of_a_layer():
     [numbers] = {sum(parameter.numel() for parameter in layer.parameters()) for layer in model.layers}
     config = Config(model=SHAPE)
     assert deepspeed_config(config)["zero_optimization"]["stage3_max_reuse_distance"] == numbers
+
+
+def test_no_more_is_allocated_for_reducing_gradients_than_there_are():
+    with join_mesh():  # once: DeepSpeed keeps the groups that it has seen
+        for stage in (1, 2, 3):
+            config = Config(model=SHAPE)
+            config.parallel.zero_stage = stage
+            with sharded_if_wanted(config):
+                model = tiny_model()
+            numbers = sum(math.prod(full_shape(parameter)) for parameter in model.parameters())
+            assert build_engine(model, config, CPU).optimizer.reduce_bucket_size == numbers
 
 
 def test_matrices_decay_and_vectors_and_tables_do_not():

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from cctrain.apply.scaling.measure import describe, predicted_seconds, times_of_repeats
 from cctrain.apply.scaling.points import Point, Row
 from cctrain.apply.scaling.work import DTYPES, Setting, num_targets
-from cctrain.cost.memory import Load, activations
+from cctrain.cost.memory import activations
 from cctrain.cost.parameters import num_parameters
+from cctrain.cost.work import Load
 from cctrain.model.tiles import TILE_TOKENS
 
 SECONDS_TO_START = 8.0  # a process that imports torch and makes its first tiny step
