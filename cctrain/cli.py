@@ -390,15 +390,21 @@ def sync(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
     uri: Annotated[str | None, typer.Option(help="MLflow store or server. Default: the run's own.")] = None,
     experiment: Annotated[str | None, typer.Option(help="MLflow experiment. Default: the run's own.")] = None,
+    every_step: Annotated[
+        bool, typer.Option("--all", help="Every step, also of runs of more than 6,000, of which charts need fewer.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Replay the journals of runs into an MLflow store or server; what it holds already is not sent again."""
+    """Replay the journals of runs into an MLflow store or server; what it holds already is not sent again.
+
+    Of a long run it sends the last 1,000 steps and at most 5,000 of those before, evenly chosen.
+    """
 
     def work() -> Any:
         from cctrain.tracking.projection import sync
 
-        done = sync(runs, uri, experiment)
+        done = sync(runs, uri, experiment, every_step)
         return {"runs": done}, "\n".join(
             f"{run}: {entry['uri']}, run {entry['run_id']}" for run, entry in zip(runs, done, strict=True)
         )

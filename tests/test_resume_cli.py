@@ -24,6 +24,7 @@ from cctrain.config import load_config
 from cctrain.data.prepare.quality import QualityControl
 from cctrain.model.saved import load_weights
 from cctrain.tracking.journal import history, read_journal
+from cctrain.tracking.restarts import repeatable
 from cctrain.training.checkpoint_files import find_checkpoints, latest_checkpoint, read_weights, run_weights, step_of
 from cctrain.training.guards import read_outcome
 from tests.data.conftest import prepared, write_h5ad
@@ -42,8 +43,6 @@ checkpoint: {{every: 0}}
 """
 # What configs/*.yaml train in.
 ON_TWO = ("--ranks=2", f"training.steps={STEPS_OF_TWO}", "training.precision=bf16", "parallel.zero_stage=1")
-# What a run that was never disturbed may differ in from one that was.
-TIMINGS = {"time", "attempt", "step_seconds", "data_seconds", "seconds"}
 
 
 @dataclass(frozen=True)
@@ -186,7 +185,7 @@ def requeued(trainer: Trainer, disturbed: tuple[Path, dict[str, Ended]]) -> Path
 def measured(run_dir: Path) -> list[dict[str, Any]]:
     """The history without what a clock says, bit for bit."""
     lines = [line for line in history(read_journal(run_dir)) if line["event"] in ("step", "evaluate")]
-    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
+    return [repeatable(line) for line in lines]
 
 
 def assert_same_history(run_dir: Path, undisturbed: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from cctrain.data.store.store import TokenStore
 from cctrain.tracking.journal import history, read_journal
+from cctrain.tracking.restarts import repeatable
 from cctrain.training.checkpoint_files import latest_checkpoint, step_of
 from cctrain.training.guards import read_outcome
 from tests.data.conftest import prepared, random_counts, write_h5ad
@@ -29,7 +30,6 @@ training: {{steps: {STEPS}, warmup: 2, learning_rate: 2e-3, precision: fp32}}
 evaluation: {{every: 0}}
 checkpoint: {{every: 0}}
 """
-TIMINGS = {"time", "attempt", "step_seconds", "data_seconds"}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def alone(trainer: Trainer) -> Path:
 def steps_of(run_dir: Path) -> list[dict[str, Any]]:
     """The history without what a clock says, bit for bit."""
     lines = [line for line in history(read_journal(run_dir)) if line["event"] == "step"]
-    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
+    return [repeatable(line) for line in lines]
 
 
 def data_workers(process: subprocess.Popen) -> list[psutil.Process]:

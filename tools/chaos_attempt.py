@@ -19,6 +19,7 @@ import scipy.sparse
 
 from cctrain.run_directory import CHECKPOINTS, LATEST, WEIGHTS, log_file
 from cctrain.tracking.journal import JOURNAL_NAME, MEASURED_EVENTS, last_attempt, read_journal, read_journal_from
+from cctrain.tracking.restarts import repeatable
 from cctrain.training.checkpoint_files import file_digest, latest_checkpoint, step_of
 
 NUM_RANKS = 2
@@ -27,7 +28,6 @@ EVERY = 5  # steps between checkpoints, and between looks at the held-out cells
 LAUNCHER, RANKS = "the launcher", tuple(f"rank {rank}" for rank in range(NUM_RANKS))
 MARK = "CCTRAIN_CHAOS"  # in the environment of every process of one attempt, whoever started it
 OUTPUT = "output.log"
-TIMINGS = {"attempt", "time", "seconds", "step_seconds", "data_seconds"}  # all that two runs may differ in
 
 START_UP, BEFORE_FIRST, BETWEEN = "at start-up", "before the first checkpoint", "between checkpoints"
 IN_SAVE, AFTER_SAVE = "inside a save", "between a save and its journal line"
@@ -201,8 +201,7 @@ def measured(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def comparable(lines: list[dict[str, Any]]) -> list[str]:
     """The measured lines as texts, with all their digits, without what may differ."""
-    kept = [{key: value for key, value in line.items() if key not in TIMINGS} for line in measured(lines)]
-    return [json.dumps(line, sort_keys=True) for line in kept]
+    return [json.dumps(repeatable(line), sort_keys=True) for line in measured(lines)]
 
 
 def final_state(run_dir: Path) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """What a device reaches: by data sheets and assumed shares (the files in `devices/`), or measured (`calibrate`)."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,12 @@ class Device:
 
 def known_devices() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def known_device(text: str) -> str | None:
+    """The known device that a text names, such as PyTorch's name of a GPU or what Slurm is asked for."""
+    words = set(re.findall("[a-z0-9]+", text.lower()))
+    return next((name for name in known_devices() if name in words), None)
 
 
 def load_device(name: str, precision: str) -> Device:

@@ -1,7 +1,9 @@
 """What a step costs, as every line of the journal says it, and MLflow under `cost/`."""
 
-from cctrain.config import ModelConfig
+from cctrain.config import Config, ModelConfig
 from cctrain.cost.flops import step_flops
+from cctrain.cost.traffic import exchange_of_a_layer, zero
+from cctrain.cost.work import ELEMENT_BYTES
 
 
 def step_cost(
@@ -22,3 +24,13 @@ def step_cost(
     if model.attention == "criss_cross":
         cost |= {"cost/M": model.latents, "cost/n_times_M": n * model.latents}
     return cost
+
+
+def step_traffic(config: Config, num_genes: int, contexts: int, micro_batches: int, ranks: int) -> dict[str, float]:
+    """`cost/sent_bytes`, that a rank sends in a step over so many contexts in all, for context ranks and ZeRO together;
+    on average, where ranks have unequal numbers of contexts."""
+    model, context_ranks = config.model, config.parallel.context
+    of_layer = exchange_of_a_layer(model, contexts * context_ranks / ranks, context_ranks)
+    element_bytes = ELEMENT_BYTES[config.training.precision]
+    of_zero = zero(model, num_genes, config.parallel.zero_stage, element_bytes, ranks, micro_batches)
+    return {"cost/sent_bytes": model.depth * sum(one.sent for one in of_layer) + sum(one.sent for one in of_zero)}

@@ -60,7 +60,7 @@ def sent(operation: str, payload: float, ranks: int) -> float:
     return SENT[operation] * payload * (ranks - 1) / ranks
 
 
-def exchange_of_a_layer(model: ModelConfig, contexts: int, ranks: int) -> list[Collective]:
+def exchange_of_a_layer(model: ModelConfig, contexts: float, ranks: int) -> list[Collective]:
     """Of a micro-batch of so many contexts, each shared by `ranks` ranks, forward and backward; none if that is 1."""
     if ranks == 1 or model.attention == "dense":
         return []

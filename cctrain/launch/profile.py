@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 import cctrain
-from cctrain.cost.devices import known_devices
+from cctrain.cost.devices import known_device
 from cctrain.errors import UsageError
 
 LAUNCHERS = Path(cctrain.__file__).parents[1] / "launchers"
@@ -75,9 +75,7 @@ def device_of(profile: Profile, sbatch: dict[str, str]) -> str | None:
     """The GPU by the name of its device file; None where nothing says which one it is."""
     if profile.device:
         return profile.device
-    asked = f"{sbatch.get('gpus-per-node', '')} {_gres_of_gpus(sbatch) or ''}".lower()
-    words = set(re.findall("[a-z0-9]+", asked))
-    return next((name for name in known_devices() if name in words), None)
+    return known_device(f"{sbatch.get('gpus-per-node', '')} {_gres_of_gpus(sbatch) or ''}")
 
 
 def with_gpus(sbatch: dict[str, str], num: int) -> dict[str, str]:

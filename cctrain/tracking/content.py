@@ -1,7 +1,8 @@
 """What a run says to MLflow, in plain data: metrics, parameters, tags, a status and a description.
 
 Pure functions of the journal's lines and of `config.yaml`; no MLflow here. Metric names are grouped by the
-part before the slash, which is how the MLflow page groups its charts: `train`, `validation`, `speed`, `cost`.
+part before the slash, which is how the MLflow page groups its charts: `train`, `validation`, `speed`, `cost`, `memory`;
+`system` has a page of its own there.
 
 MLflow has no honest place for a value that is not finite (it stores +inf as 1.8e308, which flattens every
 chart), so such a value is not sent: the chart has a gap, and the tag `cctrain.not_finite` says where.
@@ -25,13 +26,15 @@ STEP_MARKER = "speed/step_seconds"  # every step line has it, and it is finite w
 CHECKPOINT_MARKER = "speed/checkpoint_seconds"
 ATTEMPT_MARKER = "speed/attempt"
 EVALUATE_GROUP = "validation/"
+LATEST_STEPS, EARLIER_STEPS = 1000, 5000
 
 _MAX_PARAMETER = 6000  # MLflow cuts longer values without a word
 _MAX_TAG = 5000
 _STALE_SECONDS = 15 * 60
 _MAX_RESTARTS = 10  # in the description
 _OWN_KEYS = ("event", "attempt", "step", "time")
-_SPEED_KEYS = ("step_seconds", "data_seconds", "packing_efficiency")
+_SPEED_KEYS = ("step_seconds", "data_seconds", "packing_efficiency", "utilisation")
+_RATES = {"tokens": "tokens", "contexts": "contexts", "cost/total_flops": "flops"}  # of a step: by the second
 _NOT_ALLOWED = re.compile(r"[^/\w.\- :]")
 _FOOTER = "*Written by cctrain from the run's journal; edit it and remove this line, and it stays as you left it.*"
 
@@ -58,8 +61,10 @@ def metrics_of(line: Line) -> dict[str, float]:
         else:
             name = group + key
         metrics[_NOT_ALLOWED.sub("_", name)] = float(value)
-    if line["event"] == "step" and line.get("step_seconds", 0) > 0 and "tokens" in line:
-        metrics["speed/tokens_per_second"] = line["tokens"] / line["step_seconds"]
+    if line["event"] == "step" and line.get("step_seconds", 0) > 0:
+        for key, name in _RATES.items():
+            if key in line:
+                metrics[f"speed/{name}_per_second"] = line[key] / line["step_seconds"]
     return metrics
 
 
@@ -85,6 +90,19 @@ def without_steps_to_repeat(counted: list[Line]) -> list[Line]:
         for line in counted
         if line["event"] not in MEASURED_EVENTS or line["attempt"] == latest or line["step"] <= begin
     ]
+
+
+def thinned(counted: list[Line]) -> list[Line]:
+    """The history of a long run for charts: all of the last 1,000 steps, of those before at most 5,000, evenly chosen;
+    and everything that is no step.
+
+    Chosen are the multiples of a power of two, so a run that goes on needs none of the points again.
+    """
+    steps = sorted(line["step"] for line in counted if line["event"] == "step")
+    earlier, latest, stride = steps[:-LATEST_STEPS], set(steps[-LATEST_STEPS:]), 1
+    while sum(step % stride == 0 for step in earlier) > EARLIER_STEPS:
+        stride *= 2
+    return [line for line in counted if line["event"] != "step" or line["step"] in latest or line["step"] % stride == 0]
 
 
 def parameters_of(config_file: Path) -> dict[str, str]:

@@ -34,8 +34,10 @@ def project(
     *,
     finished: bool | None = None,
     progress: Progress | None = None,
+    every_step: bool = False,
 ) -> dict[str, Any]:
-    """Replay a run's journal into an MLflow store; what it holds already is not sent again.
+    """Replay a run's journal into an MLflow store; what it holds already is not sent again, and of a long run only
+    some steps are (`content.thinned`), unless it is to be every one.
 
     A run that is training now (`finished=False`) stays RUNNING, and steps that an earlier attempt reached and
     this one has not yet wait. By default the journal tells: a stop line, or 15 minutes of silence, is the
@@ -45,10 +47,12 @@ def project(
     Raises UsageError for a folder without a journal and for a URI that is refused; MLflow's own errors
     otherwise.
     """
-    return Replay(run_dir, uri, experiment).replay(finished=finished, progress=progress)
+    return Replay(run_dir, uri, experiment).replay(finished=finished, progress=progress, every_step=every_step)
 
 
-def sync(run_dirs: list[Path], uri: str | None = None, experiment: str | None = None) -> list[dict[str, Any]]:
+def sync(
+    run_dirs: list[Path], uri: str | None = None, experiment: str | None = None, every_step: bool = False
+) -> list[dict[str, Any]]:
     """Replay the journals of several runs, with progress on standard error, and return what `project` does.
 
     Default URI: the run's `tracking.uri`, else the database beside it. Default experiment: the run's own.
@@ -67,7 +71,7 @@ def sync(run_dirs: list[Path], uri: str | None = None, experiment: str | None = 
                 bar.update(task, completed=sent, total=max(total, 1))
 
             try:
-                done.append(_sync_one(Path(run_dir), uri, experiment, show))
+                done.append(_sync_one(Path(run_dir), uri, experiment, every_step, show))
                 bar.update(task, completed=1, total=1)
             except CctrainError as error:
                 failures.append(error)
@@ -149,7 +153,9 @@ def configured_uri(run_dir: Path) -> str | None:
     return _tracking_key(run_dir, "uri")
 
 
-def _sync_one(run_dir: Path, uri: str | None, experiment: str | None, progress: Progress) -> dict[str, Any]:
+def _sync_one(
+    run_dir: Path, uri: str | None, experiment: str | None, every_step: bool, progress: Progress
+) -> dict[str, Any]:
     uri = uri or configured_uri(run_dir) or default_uri(run_dir)
     if uri is None:
         raise UsageError(
@@ -158,7 +164,7 @@ def _sync_one(run_dir: Path, uri: str | None, experiment: str | None, progress: 
         )
     experiment = experiment or _tracking_key(run_dir, "experiment") or "cctrain"
     try:
-        return project(run_dir, uri, experiment, progress=progress)
+        return project(run_dir, uri, experiment, progress=progress, every_step=every_step)
     except CctrainError:
         raise
     except Exception as error:  # MLflow, SQLAlchemy, requests and the file system have many error types

@@ -34,6 +34,7 @@ from cctrain.tracking.content import (
     parameters_of,
     status_of,
     tags_of,
+    thinned,
     without_steps_to_repeat,
 )
 from cctrain.tracking.journal import MEASURED_EVENTS, history, read_journal_from
@@ -68,8 +69,13 @@ class Replay:
         self.sent_config = ("", "")  # to which MLflow run, and what
         self.doubled: Place | None = None  # a point that the store has twice, with different times
 
-    def replay(self, *, finished: bool | None = None, progress: Progress | None = None) -> dict[str, Any]:
-        """Bring the MLflow run up to the journal; the first call asks the store what it holds."""
+    def replay(
+        self, *, finished: bool | None = None, progress: Progress | None = None, every_step: bool = False
+    ) -> dict[str, Any]:
+        """Bring the MLflow run up to the journal; the first call asks the store what it holds.
+
+        Of a long run it sends some steps only (`content.thinned`), unless it is to be every one.
+        """
         if not self.run_id:
             self._open()
         # Behind it, because a training that sends its own steps may have sent some in the meantime.
@@ -78,14 +84,15 @@ class Replay:
         if finished is None:
             finished = status != "RUNNING"
         counted = history(lines)
-        wanted = _points(lines, counted if finished else without_steps_to_repeat(counted))
-        differing = next((line for line in wanted if self._differs(line)), None)
+        expected = counted if finished else without_steps_to_repeat(counted)
+        differing = next((line for line in _points(lines, expected) if self._differs(line)), None)
         if differing is not None:
             self._begin_anew(lines, f"attempt {differing['attempt']} trained step {differing['step']} otherwise")
         elif self.doubled is not None:
             self._begin_anew(lines, f"two writers sent step {self.doubled[1]}")
 
         self._write_identity()  # a page to open while the first steps are still on their way
+        wanted = _points(lines, expected if every_step else thinned(expected))
         self._send([line for line in wanted if _place(line) not in self.held], progress)
         self._describe(lines, counted)
         self._set_status(status, lines)

@@ -21,6 +21,8 @@ Line = dict[str, Any]
 _SAME_RESULT = 1e-2  # relative: as far as bf16 on another number of ranks may be
 _SAME_RATE = 1e-9  # the schedule is a formula; only its last bits may depend on the machine
 _MAX_REASON = 200
+_CIRCUMSTANCES = {"time", "attempt", "seconds", "step_seconds", "data_seconds", "utilisation"}
+_GROUPS_OF_CIRCUMSTANCES = ("memory/", "system/")
 
 
 class Signature(NamedTuple):
@@ -59,6 +61,16 @@ def is_same_training(one: Signature, other: Signature) -> bool:
         and _is_close(one.learning_rate, other.learning_rate, _SAME_RATE)
         and _is_close(one.result, other.result, _SAME_RESULT)
     )
+
+
+def repeatable(line: Line) -> Line:
+    """What of a measured line the same training repeats bit for bit on as many ranks: all but when it was, in which
+    attempt, how long it took and what it found on the machine."""
+    return {
+        key: value
+        for key, value in line.items()
+        if key not in _CIRCUMSTANCES and not key.startswith(_GROUPS_OF_CIRCUMSTANCES)
+    }
 
 
 def restarts(lines: list[Line]) -> list[Restart]:

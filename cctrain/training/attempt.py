@@ -94,6 +94,7 @@ def follow(attempt: Attempt, journal: Journal | None) -> Ending:
             step, is_last = result.step, result.step == config.training.steps
             attempt.watchdog.beat(f"after step {step}")
             report.step(step, result.values)
+            result.values["utilisation"] = report.utilisation(result.values)
             note_step(journal, result)
             took = result.applied or (config.training.precision == "fp16" and math.isfinite(result.values["loss"]))
             skipped.check(step, took, result.samples)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from cctrain.config import Config
-from cctrain.cost.step import step_cost
+from cctrain.cost.step import step_cost, step_traffic
 from cctrain.data.loading.batches import Batch
 from cctrain.data.loading.loader import Loader, RankStep
 from cctrain.data.loading.order import Order
@@ -32,6 +32,7 @@ from cctrain.model.transformer import Inputs, Transformer
 from cctrain.parallel.mesh import Mesh, gather_rows, sum_over_context, sum_over_ranks
 from cctrain.training.engine import set_learning_rate, take_step
 from cctrain.training.objective import negative_log_likelihood
+from cctrain.training.observations import Observer
 from cctrain.training.rank_checks import same_on_all_ranks
 from cctrain.training.schedule import learning_rate
 
@@ -86,6 +87,7 @@ def run_steps(
 
     Close it to end its background processes before the last step.
     """
+    observer = Observer(mesh.device)
     num_steps, workers = config.training.steps - after, data_workers(config, mesh.device)
     with closing(prefetched(loader, order, config.data.global_batch, position, num_steps, workers)) as steps:
         for step in range(after + 1, config.training.steps + 1):
@@ -98,7 +100,8 @@ def run_steps(
             with checks:
                 result = train_step(engine, config, mesh, rank_step, step, requests)
             step_seconds = time.perf_counter() - started
-            result.values.update(learning_rate=rate, step_seconds=step_seconds, data_seconds=data_seconds)
+            seen = observer.observe(data_seconds)
+            result.values.update(learning_rate=rate, step_seconds=step_seconds, **seen)
             yield result
 
 
@@ -142,6 +145,7 @@ def train_step(
         "packing_efficiency": packing_efficiency(slices[:, 2], slices[:, 4], slices[:, 5], mesh.num_ranks),
         "samples": samples_digest(counts[:, :2].cpu().numpy()),
         **step_cost(config.model, tokens, step_targets, config.memory.checkpointing, config.parallel.zero_stage),
+        **step_traffic(config, len(engine.module.log_share), len(counts), len(rank_step.batches), mesh.num_ranks),
     }
     position = rank_step.position + rank_step.num_contexts
     return StepResult(step, position, counts[:, 1].tolist(), applied, agreed, values)

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from cctrain.config import Config
+from cctrain.cost.devices import known_device, load_device
 from cctrain.cost.memory import peak, rank_memory
 from cctrain.cost.parameters import num_parameters
 from cctrain.cost.step import step_cost
@@ -40,8 +41,11 @@ class Report:
         self.tokens = 0
         self.bar: Progress | None = None
         self.task: TaskID | None = None
+        self.peak = 0.0
         if self.shown:
-            for line in plan(config, mesh, store, loader):
+            rate = matrix_product_rate(config.model.width, config.training.precision, mesh.device)
+            self.peak = mesh.num_ranks * (peak_of_data_sheet(config.training.precision, mesh.device) or rate)
+            for line in plan(config, mesh, store, loader, rate):
                 log.info(line)
 
     @contextmanager
@@ -70,12 +74,16 @@ class Report:
             self.last_line = time.monotonic()
             log.info("%s · %s left", line, duration(elapsed / (step - self.after) * (self.num_steps - step)))
 
+    def utilisation(self, values: dict[str, Any]) -> float | None:
+        """The share of what all devices could do that a step has done; the first rank's to say."""
+        return values["cost/total_flops"] / values["step_seconds"] / self.peak if self.shown else None
+
     def look(self, values: dict[str, float]) -> None:
         self.difference = values["difference"]
 
 
-def plan(config: Config, mesh: Mesh, store: TokenStore, loader: Loader) -> list[str]:
-    """What is about to be trained, on what, with how much memory, and for how long at least."""
+def plan(config: Config, mesh: Mesh, store: TokenStore, loader: Loader, rate: float) -> list[str]:
+    """What is about to be trained, on what, with how much memory, and for how long at least; `rate` is in FLOP/s."""
     contexts = contexts_of_store(loader.rule, store, loader)
     work = work_of(config, contexts, mesh.num_ranks, TILE_TOKENS[mesh.device.type])
     held, made = rank_memory(config, contexts.genes, work)
@@ -85,7 +93,6 @@ def plan(config: Config, mesh: Mesh, store: TokenStore, loader: Loader) -> list[
     cost = step_cost(
         config.model, [round(contexts.tokens)], round(contexts.targets), config.memory.checkpointing, stage
     )
-    rate = matrix_product_rate(config.model.width, config.training.precision, mesh.device)
     seconds = trained * cost["cost/total_flops"] / (rate * mesh.num_ranks)
     m = f", {config.model.latents} latents" if config.model.attention == "criss_cross" else ""
     return [
@@ -104,6 +111,14 @@ def plan(config: Config, mesh: Mesh, store: TokenStore, loader: Loader) -> list[
         f"time: {duration(seconds)} at least, at the speed of a plain matrix product here ({rate / 1e9:,.0f} GFLOP/s); "
         f"attention is {100 * cost['cost/attention_share']:.0f} % of the arithmetic",
     ]
+
+
+def peak_of_data_sheet(precision: str, device: torch.device) -> float | None:
+    """FLOP/s of a GPU that `cctrain/cost/devices` knows, which is measured against that; None of any other device."""
+    if device.type != "cuda":
+        return None
+    name = known_device(torch.cuda.get_device_name(device))
+    return load_device(name, precision).peak if name else None
 
 
 def matrix_product_rate(width: int, precision: str, device: torch.device) -> float:

@@ -2,8 +2,9 @@
 
 import pytest
 
-from cctrain.config import ModelConfig
+from cctrain.config import Config, ModelConfig
 from cctrain.cost.parameters import num_parameters, parameter_tensors
+from cctrain.cost.step import step_traffic
 from cctrain.cost.traffic import (
     FETCHED_AHEAD,
     MOST_RANKS_TO_GATHER,
@@ -33,6 +34,15 @@ def test_zero_sends_what_the_formulas_say(even_store):
             counted = sum(payload for made, payload in step["collectives"] if made == operation)
             computed = sum(one.payload * one.times for one in law if one.operation == operation)
             assert counted == computed, (step["stage"], step["precision"], operation)
+
+
+def test_a_step_line_says_what_a_rank_sends_for_its_contexts_and_for_zero():
+    config = Config(model=ZERO_MODEL)
+    config.parallel.zero_stage, config.parallel.context, config.training.precision = 2, 2, "bf16"
+    told = step_traffic(config, 50, contexts=6, micro_batches=3, ranks=4)["cost/sent_bytes"]
+    of_layer = exchange_of_a_layer(ZERO_MODEL, 3, 2)  # each of the two rows has three of the six contexts
+    expected = [*(of_layer * ZERO_MODEL.depth), *zero(ZERO_MODEL, 50, 2, 2, ranks=4, micro_batches=3)]
+    assert told == sum(one.sent for one in expected) > 0
 
 
 def test_one_rank_sends_nothing():

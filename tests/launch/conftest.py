@@ -16,6 +16,7 @@ import pytest
 
 from cctrain.data.prepare.quality import QualityControl
 from cctrain.tracking.journal import history, read_journal
+from cctrain.tracking.restarts import repeatable
 from tests.data.conftest import prepared, write_h5ad
 from tests.training.conftest import TINY, unequal_counts
 
@@ -25,7 +26,6 @@ CONFIG = f"""{TINY}
 evaluation: {{every: 50, cells: 4}}
 checkpoint: {{every: 100}}
 """
-TIMINGS = {"time", "attempt", "step_seconds", "data_seconds", "seconds"}
 PATIENCE = 300.0
 
 
@@ -98,11 +98,7 @@ def attempts_of(run_dir: Path) -> list[dict[str, Any]]:
 
 def measured(run_dir: Path) -> list[dict[str, Any]]:
     """The history's step and evaluate lines, without what no two runs share."""
-    return [
-        {key: value for key, value in line.items() if key not in TIMINGS}
-        for line in history(read_journal(run_dir))
-        if line["event"] in ("step", "evaluate")
-    ]
+    return [repeatable(line) for line in history(read_journal(run_dir)) if line["event"] in ("step", "evaluate")]
 
 
 def logs_of(run_dir: Path) -> str:

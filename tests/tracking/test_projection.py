@@ -14,7 +14,8 @@ import pytest
 
 from cctrain.config import load_config, to_yaml
 from cctrain.errors import UsageError
-from cctrain.tracking.content import status_of, without_steps_to_repeat
+from cctrain.tracking import content
+from cctrain.tracking.content import status_of, thinned, without_steps_to_repeat
 from cctrain.tracking.journal import Journal, history, read_journal
 from cctrain.tracking.projection import LiveProjection, project, sync
 from cctrain.tracking.replay import batches
@@ -67,12 +68,14 @@ def test_a_run_reads_back_as_it_was_written(make_run: MakeRun, database: str) ->
     assert abs(loss[0].timestamp - first) <= 1
     assert set(run.data.metrics) == {
         *(f"train/{key}" for key in ("loss", "learning_rate", "grad_norm", "tokens", "targets", "contexts")),
-        *(f"speed/{key}" for key in ("step_seconds", "data_seconds", "tokens_per_second", "checkpoint_seconds")),
+        *(f"speed/{key}" for key in ("step_seconds", "data_seconds", "checkpoint_seconds")),
+        *(f"speed/{key}_per_second" for key in ("tokens", "contexts", "flops")),
         *(f"cost/{key}" for key in ("n", "M", "n_times_m", "attention_flops", "total_flops")),
         "cost/attention_share",
         *(f"validation/{key}" for key in ("nll", "gene_mean_nll", "difference")),
     }
-    assert run.data.metrics["speed/tokens_per_second"] == lines[-1]["tokens"] / lines[-1]["step_seconds"]
+    for key, counted in (("tokens", "tokens"), ("contexts", "contexts"), ("flops", "cost/total_flops")):
+        assert run.data.metrics[f"speed/{key}_per_second"] == lines[-1][counted] / lines[-1]["step_seconds"]
     assert [step for step, _ in _points(database, "validation/nll")] == [25, 50]
 
     assert run.data.params["model.latents"] == "64"
@@ -99,7 +102,7 @@ def test_a_second_replay_changes_nothing(make_run: MakeRun, database: str) -> No
     run_dir = make_run((1, 60, "finished"))
     first = project(run_dir, database, "cctrain")
     num_stored = _num_stored(database)
-    assert num_stored == 60 * 15 + 2 * 3 + 1
+    assert num_stored == 60 * 17 + 2 * 3 + 1
     assert project(run_dir, database, "cctrain") == first
     (run_dir / "mlflow.json").unlink()
     assert project(run_dir, database, "cctrain") == first
@@ -107,10 +110,10 @@ def test_a_second_replay_changes_nothing(make_run: MakeRun, database: str) -> No
 
 
 def test_a_second_replay_sends_no_step(make_run: MakeRun, database: str) -> None:
-    run_dir = make_run((1, 60, "preempted"))
+    run_dir = make_run((1, 50, "preempted"))
     sent: list[tuple[int, int]] = []
     project(run_dir, database, "cctrain", progress=lambda *numbers: sent.append(numbers))
-    assert sent == [(63, 63)]
+    assert sent == [(53, 53)]
     sent.clear()
     project(run_dir, database, "cctrain", progress=lambda *numbers: sent.append(numbers))
     assert sent == []
@@ -119,9 +122,9 @@ def test_a_second_replay_sends_no_step(make_run: MakeRun, database: str) -> None
 def test_a_batch_holds_at_most_a_thousand_metrics_and_never_part_of_a_step(make_run: MakeRun) -> None:
     lines = [line for line in read_journal(make_run((1, 150, None))) if line["event"] == "step"]
     found = list(batches(lines))
-    assert [len(metrics) for metrics, _ in found] == [990, 990, 270]
-    assert [num_lines for _, num_lines in found] == [66, 66, 18]
-    assert {metric.step for metric in found[0][0]} == set(range(1, 67))
+    assert [len(metrics) for metrics, _ in found] == [986, 986, 578]
+    assert [num_lines for _, num_lines in found] == [58, 58, 34]
+    assert {metric.step for metric in found[0][0]} == set(range(1, 59))
     assert list(batches([])) == []
 
 
@@ -241,6 +244,44 @@ def test_a_deleted_experiment_is_an_error_that_says_so(make_run: MakeRun, databa
         project(make_run((1, 3, None)), database, "cctrain")
 
 
+# Long runs
+
+
+@pytest.mark.parametrize(("num_steps", "stride"), [(6_000, 1), (6_001, 2), (100_000, 32)])
+def test_of_a_long_run_the_last_thousand_steps_are_chosen_and_at_most_five_thousand_before(num_steps, stride) -> None:
+    steps = [{"event": "step", "step": step} for step in range(1, num_steps + 1)]
+    looks = [{"event": "evaluate", "step": 77}]
+    chosen = thinned([*looks, *steps])
+    assert chosen[:1] == looks
+    taken = [line["step"] for line in chosen[1:]]
+    last = num_steps - 1000
+    assert taken == [*range(stride, last + 1, stride), *range(last + 1, num_steps + 1)]
+    assert last // stride <= 5000 < 2 * last // stride or stride == 1
+
+
+def test_a_long_run_that_goes_on_needs_no_step_that_was_not_chosen_before() -> None:
+    def chosen(num_steps: int) -> set[int]:
+        return {line["step"] for line in thinned([{"event": "step", "step": step} for step in range(1, num_steps + 1)])}
+
+    assert all(chosen(num) & set(range(9_001)) <= chosen(9_000) for num in (9_500, 20_000, 50_000))
+
+
+def test_sync_thins_a_long_run_adds_nothing_the_second_time_and_sends_every_step_if_told(
+    make_run: MakeRun, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(content, "LATEST_STEPS", 10)
+    monkeypatch.setattr(content, "EARLIER_STEPS", 30)
+    run_dir = make_run((1, 60, None), (51, 100, "finished"))
+    for _ in range(2):
+        sync([run_dir], database)
+        assert [step for step, _ in _points(database, "train/loss")] == [*range(4, 91, 4), *range(91, 101)]
+        assert [step for step, _ in _points(database, "validation/nll")] == [25, 50, 75, 100]
+    sync([run_dir], database, every_step=True)
+    assert [step for step, _ in _points(database, "train/loss")] == list(range(1, 101))
+    sync([run_dir], database)
+    assert len(_points(database, "train/loss")) == 100
+
+
 # Several runs, and while training
 
 
@@ -275,11 +316,11 @@ def test_steps_arrive_while_the_run_goes_on_and_each_once(make_run: MakeRun, dat
     run_dir = make_run((1, 5, None))
     live = LiveProjection(run_dir, database, "cctrain", every=0.1)
     live.start()
-    _wait_for(lambda: (run_dir / "mlflow.json").is_file() and _num_stored(database) == 5 * 15)
+    _wait_for(lambda: (run_dir / "mlflow.json").is_file() and _num_stored(database) == 5 * 17)
     journal = Journal(run_dir, attempt=1)
     for step in range(6, 9):
         journal.write("step", step, loss=1.0 / step, step_seconds=0.1, tokens=10)
-    _wait_for(lambda: _num_stored(database) == 5 * 15 + 3 * 4)
+    _wait_for(lambda: _num_stored(database) == 5 * 17 + 3 * 4)
     assert _only_run(database).info.status == "RUNNING"
     journal.write("step", 9, loss=1.0 / 9, step_seconds=0.1, tokens=10)
     journal.write("stop", 9, status="finished")

@@ -9,7 +9,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from cctrain.config import ModelConfig
 from cctrain.cost.parameters import num_parameters
 from cctrain.cost.step import step_cost
 from cctrain.parallel.mesh import Mesh
+from cctrain.training.observations import resident
 
 MOST_REPEATS, SECONDS_OF_REPEATS = 9, 20.0
 
@@ -71,10 +71,10 @@ def measure(
     device = setting.device
     # What is imported and made at the first step of a process shall count as neither time nor memory.
     training_step(replace(model, width=8 * model.heads, latent_width=None, depth=1), 32, setting, mesh)()
-    before = resident_peak() if device == "cpu" else 0
+    before = resident("VmHWM") if device == "cpu" else 0
     step = training_step(model, tokens, setting, mesh)
     first = seconds_of(step, device, mesh)
-    after = resident_peak() if device == "cpu" else torch.cuda.max_memory_allocated()
+    after = resident("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated()
     multiply, flops = matrix_product(setting)
     multiply()
     repeats = times_of_repeats(first, most_repeats)
@@ -125,12 +125,6 @@ def seconds_of(work: Callable[[], Any], device: str, mesh: Mesh | None = None) -
     work()
     synchronize()
     return _largest(time.perf_counter() - started, mesh)
-
-
-def resident_peak() -> int:
-    """Bytes. Linux; what `getrusage` says would begin with the peak of the process that started this one."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def _largest(value: float, mesh: Mesh | None) -> float:
