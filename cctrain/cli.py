@@ -340,8 +340,10 @@ def estimate(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """What a training will need, before it is spent: memory, FLOPs, traffic, time. On this machine it measures its
-    parts first, for 20 seconds; of other devices it is a model."""
+    """What a training will need, before it is spent: memory, FLOPs, traffic, time.
+
+    On this machine it measures the parts of a step and rehearses some, for half a minute; of other devices it is a model.
+    """
 
     def work() -> Any:
         from cctrain.apply.estimate import estimate_configuration

@@ -240,7 +240,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
         context = one_context(store, training_rule(config, store), arguments.tokens)
         first, last = (len(context.genes) * rank // num_ranks for rank in (mesh.context_rank, mesh.context_rank + 1))
         batch = pack([part_of(context, first, last)])
-        model = build_model(config, store, mesh)
+        model = build_model(config, store.genes, mesh)
         disturb(model)
         engine = build_engine(model, config, mesh)
         seconds = time_phases(engine)

@@ -1,4 +1,4 @@
-"""What this machine reaches in the parts of a training step, for `cctrain estimate`: about 20 seconds.
+"""What this machine reaches in the parts of a training step, for `cctrain estimate`: about ten seconds.
 
 The ranks that the training would have run side by side, as in training, where they share caches, memory and cores. Each
 part is run forward and backward, in the shapes that the model gives it; medians of several rounds, in which the parts
@@ -11,15 +11,15 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 from statistics import median
+from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cctrain.config import Config, MemoryConfig, ModelConfig
+from cctrain.config import MemoryConfig, ModelConfig
 from cctrain.cost.devices import Device
 from cctrain.cost.flops import step_flops
 from cctrain.cost.step_time import num_stages
@@ -30,19 +30,23 @@ from cctrain.model.layer import Norm
 from cctrain.model.tiles import TILE_TOKENS
 from cctrain.model.transformer import Inputs, Transformer, initialize
 from cctrain.parallel.mesh import Mesh, join_mesh
-from cctrain.training.engine import DTYPES, build_engine, sharded_if_wanted, whole
+from cctrain.training.engine import DTYPES
 from cctrain.training.objective import negative_log_likelihood
 
 ROUNDS, SECONDS_A_ROUND = 5, 0.15  # of each part
-STEPS_OF_NEXT_TO_NOTHING = 8
 TOKENS_OF_DENSE, TARGETS, PARAMETERS = 2048, 20_000, 4_000_000
 LARGE_PAYLOAD, SMALL_PAYLOAD = 2**18, 8  # numbers
 
 
-def calibrate(model: ModelConfig, precision: str, zero_stage: int, num_ranks: int) -> Device:
+def calibrate(model: ModelConfig, precision: str, num_ranks: int) -> Device:
     """Measure with `num_ranks` local processes. Raises TrainingError if one of them fails."""
-    port, plan = free_port(), json.dumps({"model": asdict(model), "precision": precision, "zero_stage": zero_stage})
-    command = [sys.executable, "-m", "cctrain.apply.calibrate", plan]
+    plan = json.dumps({"model": asdict(model), "precision": precision})
+    return Device(**on_local_ranks("cctrain.apply.calibrate", plan, num_ranks))
+
+
+def on_local_ranks(module: str, argument: str, num_ranks: int) -> dict[str, Any]:
+    """What the first of so many ranks, each `python -m MODULE ARGUMENT`, prints as its last line: a JSON object."""
+    port, command = free_port(), [sys.executable, "-m", module, argument]
     ranks = [
         subprocess.Popen(
             command, env=rank_environment(rank, num_ranks, port), stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -55,12 +59,11 @@ def calibrate(model: ModelConfig, precision: str, zero_stage: int, num_ranks: in
     ]
     if failed:
         raise TrainingError(f"this machine could not be measured:\n{failed[0].strip()}")
-    return Device(**json.loads(outputs[0][0].splitlines()[-1]))
+    return json.loads(outputs[0][0].splitlines()[-1])
 
 
-def measure(model: ModelConfig, precision: str, zero_stage: int, mesh: Mesh) -> Device:
+def measure(model: ModelConfig, precision: str, mesh: Mesh) -> Device:
     device, dtype = mesh.device, DTYPES[precision]
-    micro_batch, step, process = training_of_next_to_nothing(model, precision, zero_stage, mesh)
     parts = {
         "peak": product(model, dtype, device, backward=False),
         "products": product(model, dtype, device, backward=True),
@@ -90,41 +93,9 @@ def measure(model: ModelConfig, precision: str, zero_stage: int, mesh: Mesh) -> 
         inside=rate.get("network", rate["elementwise"]),  # a rank alone sends nothing
         between=rate.get("network", rate["elementwise"]),
         latency=seconds.get("latency", 0.0),
-        micro_batch=micro_batch,
-        step=step,
-        process=process,
         kind=device.type,
         measured=True,
     )
-
-
-def training_of_next_to_nothing(
-    model: ModelConfig, precision: str, zero_stage: int, mesh: Mesh
-) -> tuple[float, float, float]:
-    """Seconds of a micro-batch and of the optimizer's step in a tiny model of that depth; and the bytes of memory that
-    the process has then, libraries and all, 0 on a GPU."""
-    # What the first rank of a training holds, too.
-    import mlflow  # noqa: F401
-
-    import cctrain.training.train  # noqa: F401
-
-    config = Config()
-    config.training.precision, config.parallel.zero_stage = precision, zero_stage
-    with sharded_if_wanted(config):
-        tiny, inputs = tiny_model(model.attention, model.heads, model.depth, mesh.device)
-    engine = build_engine(tiny, config, mesh)
-
-    def micro_batch() -> None:
-        log_mu, log_theta = engine(inputs)
-        engine.backward(log_mu.sum() + log_theta.sum())
-
-    taken = []
-    for _ in range(STEPS_OF_NEXT_TO_NOTHING):
-        taken.append((seconds_of(micro_batch, 1, mesh.device), seconds_of(engine.step, 1, mesh.device)))
-    micro_batches, steps = zip(*taken[1:], strict=True)
-    kilobytes = Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]
-    held = 0.0 if mesh.device.type == "cuda" else 1024.0 * int(kilobytes)
-    return median(micro_batches), median(steps), held
 
 
 def timed(parts: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
@@ -251,7 +222,7 @@ def tiny_model(kind: str, heads: int, depth: int, device: torch.device) -> tuple
     """On the host still, with a context of one token, a target, on the device."""
     config = ModelConfig(attention=kind, width=8 * heads, depth=depth, heads=heads, latents=1)
     model = Transformer(config, torch.full((2,), 0.5), torch.ones(2), MemoryConfig())
-    initialize(model, torch.zeros(2, 1), seed=0, whole=whole)
+    initialize(model, torch.zeros(2, 1), seed=0)
     one = torch.zeros(1, dtype=torch.int64, device=device)
     return model, Inputs(one, one.float(), one.float(), one, [0, 1])
 
@@ -265,6 +236,6 @@ def all_reduce(numbers: int, device: torch.device) -> Part:
 if __name__ == "__main__":
     plan = json.loads(sys.argv[1])
     with join_mesh() as mesh:
-        found = measure(ModelConfig(**plan["model"]), plan["precision"], plan["zero_stage"], mesh)
+        found = measure(ModelConfig(**plan["model"]), plan["precision"], mesh)
         if mesh.is_first:
             print(json.dumps(asdict(found)))

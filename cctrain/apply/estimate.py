@@ -2,6 +2,7 @@
 other devices."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from cctrain.config import Config, load_config
@@ -28,11 +29,23 @@ def estimate_configuration(
     ranks = max(ranks, config.parallel.context)
     if device_name is not None:
         return estimate(config, contexts, load_device(device_name, config.training.precision), ranks)
-    from cctrain.apply.calibrate import calibrate
+    return estimate_here(config, contexts, ranks)
 
-    log.info("measuring this machine with %d rank(s), about 20 s", ranks)
-    measured = calibrate(config.model, config.training.precision, config.parallel.zero_stage, ranks)
-    return estimate(config, contexts, measured, ranks)
+
+def estimate_here(config: Config, contexts: Contexts, ranks: int) -> Estimate:
+    """The parts by the closed form, from rates measured now, times what a rehearsal took beside its own parts."""
+    from cctrain.apply.calibrate import calibrate
+    from cctrain.apply.rehearse import rehearse, smaller
+
+    log.info("measuring the parts of a step with %d rank(s), about 15 s", ranks)
+    device = calibrate(config.model, config.training.precision, ranks)
+    small, short = smaller(config, contexts, ranks, device)
+    log.info("rehearsing steps of %s contexts of %s tokens", small.data.global_batch, f"{short.tokens:,.0f}")
+    rehearsed, parts = rehearse(small, short, ranks), estimate(small, short, device, ranks)
+    beside = max(0.0, rehearsed.memory - parts.needs.memory)
+    found = estimate(config, contexts, replace(device, process=beside), ranks)
+    factor = rehearsed.seconds / parts.seconds.total
+    return replace(found, seconds=found.seconds.scaled(factor), rehearsed_over_parts=factor)
 
 
 def without_store(config: Config, tokens: int, genes: int) -> tuple[Config, Contexts]:

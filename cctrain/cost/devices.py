@@ -21,10 +21,9 @@ class Device:
     """One rank's device. FLOP/s, bytes/s, seconds.
 
     `products` and `attention` are what it reaches in products of matrices and in attention, `elementwise` in the rest
-    of a layer; `call` is what a stage takes however little there is to do, and where it was measured, `micro_batch`
-    and `step` what the first tile of a micro-batch and the optimizer take, in a model of that depth. A rank sends at
-    `inside` within its node of `per_node` devices and at `between` to others; a collective takes `latency` at least.
-    `process` is what a process holds before it has a model, `kind` is cuda or cpu. `measured` says whether this was
+    of a layer; `call` is what a stage takes however little there is to do. A rank sends at `inside` within its node of
+    `per_node` devices and at `between` to others; a collective takes `latency` at least. `process` is what a process
+    holds beside the model and its work, `kind` is cuda or cpu. `measured` says whether this was
     taken here, or is a model of a device elsewhere.
     """
 
@@ -41,8 +40,6 @@ class Device:
     inside: float
     between: float
     latency: float
-    micro_batch: float = 0.0
-    step: float = 0.0
     process: float = 0.0
     kind: str = "cuda"
     measured: bool = False

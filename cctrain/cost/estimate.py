@@ -58,6 +58,7 @@ class Estimate:
     needs: Needs
     device: Device
     seconds: StepSeconds
+    rehearsed_over_parts: float | None = None  # by which the parts' seconds were multiplied, where steps were rehearsed
 
     @property
     def memory(self) -> float:
@@ -116,6 +117,7 @@ def as_json(found: Estimate) -> dict[str, Any]:
         "checkpoint_bytes": needs.checkpoint_bytes,
         "step_seconds": seconds,
         "step_seconds_by_component": asdict(found.seconds),
+        "rehearsed_over_parts": found.rehearsed_over_parts,
         "tokens_per_second": tokens / seconds,
         "utilisation": flops.total / seconds / found.device.peak,
         "hours": found.hours,
@@ -157,9 +159,9 @@ def as_text(found: Estimate) -> str:
         f"training  {config.training.steps:,} steps: {told['hours']:,.1f} h, {told['device_hours']:,.1f} device-hours; "
         f"{told['device_hours_per_billion_tokens']:,.1f} for a billion tokens",
         f"saving    {size(needs.checkpoint_bytes)} a checkpoint",
-        "its parts measured on this machine just now; trainings have taken up to three times as long as their parts, "
-        "small ones most, and up to a fifth more memory"
-        if found.device.measured
+        "measured on this machine just now: the steps that were rehearsed took "
+        f"{found.rehearsed_over_parts:.2f} times as long as their parts, and so will these"
+        if found.rehearsed_over_parts
         else "a model of devices that are not here, from data sheets and assumed shares: not a measurement",
     ]
     return "\n".join(lines)

@@ -38,6 +38,9 @@ class StepSeconds:
     def total(self) -> float:
         return sum(getattr(self, field.name) for field in fields(self))
 
+    def scaled(self, factor: float) -> "StepSeconds":
+        return StepSeconds(**{field.name: factor * getattr(self, field.name) for field in fields(self)})
+
 
 def rank_flops(model: ModelConfig, work: Work) -> Flops:
     """Of one rank in a step: its part of the tokens, and the latents' part, which every context rank repeats."""
@@ -68,8 +71,7 @@ def step_seconds(model: ModelConfig, num_genes: int, work: Work, device: Device)
     tokens, passes = work.micro_batches * work.load.tokens, 2 if work.memory.checkpointing else 1
     moved = tokens * depth * d * (passes * (28 + 13 * e) + 48 + 18 * e) + tokens * d * (28 + 14 * e)
     moved += work.micro_batches * 6 * num_genes * d * e
-    of_tiles = num_stages(model, -(-work.load.tokens // work.tile_tokens)) * device.call * (1 + passes) / 2
-    of_one = num_stages(model, 1) * device.call * (1 + passes) / 2
+    stages = num_stages(model, -(-work.load.tokens // work.tile_tokens)) * (1 + passes) / 2
     exchanged, of_zero = collectives(model, num_genes, work)
     held = num_parameters(model, num_genes) / (work.ranks if work.zero_stage else 1)
     return StepSeconds(
@@ -78,7 +80,7 @@ def step_seconds(model: ModelConfig, num_genes: int, work: Work, device: Device)
         elementwise=moved / device.elementwise,
         targets=work.micro_batches * work.load.targets * device.target_seconds,
         optimizer=held * device.parameter_seconds,
-        calls=work.micro_batches * (of_tiles - of_one + (device.micro_batch or of_one)) + device.step,
+        calls=work.micro_batches * stages * device.call,
         exchange=sum(seconds_of(one, device) for one in exchanged),
         zero=sum(seconds_of(one, device) for one in of_zero)
         + (SMALL_COLLECTIVES * device.latency if work.ranks > 1 else 0.0),

@@ -10,7 +10,7 @@ import torch
 
 from cctrain.config import Config
 from cctrain.data.loading.loader import Loader
-from cctrain.data.store.store import TokenStore, open_store
+from cctrain.data.store.store import GeneTable, open_store
 from cctrain.errors import DataError, TrainingError, UsageError
 from cctrain.model.transformer import Transformer, initialize
 from cctrain.parallel.exchange import context_exchange
@@ -93,7 +93,7 @@ def run_attempt(config: Config, accept_changes: bool, mesh: Mesh, requests: Stop
     if mesh.is_first:
         clear_outcome(run_dir)
 
-    model = build_model(config, store, mesh)
+    model = build_model(config, store.genes, mesh)
     model.progress = watchdog.beat  # a hung collective is between two stages; a step may take longer than patience
     facts = {"changes": [str(change) for change in changes]} if changes else {}
     if config.model.init_from is not None and latest_checkpoint(run_dir) is None:
@@ -154,13 +154,13 @@ def ending_told(run_dir: Path, mesh: Mesh, watchdog: Watchdog) -> Iterator[None]
         watchdog.last_words = None
 
 
-def build_model(config: Config, store: TokenStore, mesh: Mesh | None = None) -> Transformer:
-    share, theta = torch.from_numpy(store.genes.share), torch.from_numpy(store.genes.theta)
+def build_model(config: Config, genes: GeneTable, mesh: Mesh | None = None) -> Transformer:
+    share, theta = torch.from_numpy(genes.share), torch.from_numpy(genes.theta)
     exchange = None if mesh is None else context_exchange(mesh)
     capacity = config.data.micro_batch_tokens or 0
     with sharded_if_wanted(config) if mesh is not None else nullcontext():
         model = Transformer(config.model, share, theta, config.memory, capacity, exchange)
-    initialize(model, torch.from_numpy(store.genes.loadings), config.run.seed, whole)
+    initialize(model, torch.from_numpy(genes.loadings), config.run.seed, whole)
     if config.training.compile:
         model.compile_token_local()
     return model

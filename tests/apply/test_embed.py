@@ -41,7 +41,7 @@ def run(request: pytest.FixtureRequest, store: TokenStore, tmp_path_factory: pyt
         f"model: {{attention: {request.param}, width: {WIDTH}, depth: 2, heads: 2, latents: 3}}"
     )
     config: Config = resolve(load_config(folder / "in.yaml", [f"data.store={store.path}"]), store)
-    model: Transformer = build_model(config, store)
+    model: Transformer = build_model(config, store.genes)
     generator = torch.Generator().manual_seed(0)
     weights = {
         name: tensor + 0.3 * torch.randn(tensor.shape, generator=generator) * (not name.startswith("log_"))

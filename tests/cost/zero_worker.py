@@ -84,7 +84,7 @@ class Training:
         self.number = 0
 
     def build(self) -> None:
-        self.engine = build_engine(build_model(self.config, self.store, self.mesh), self.config, self.mesh)
+        self.engine = build_engine(build_model(self.config, self.store.genes, self.mesh), self.config, self.mesh)
 
     def step(self) -> None:
         rank_step = self.loader.step(self.order, GLOBAL_BATCH, GLOBAL_BATCH * self.number)

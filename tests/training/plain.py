@@ -43,7 +43,7 @@ class Plain:
 def plain_training(config: Config, store: TokenStore) -> Plain:
     """Float64 from the embedding to the last layer, one backward of (sum of the NLL / targets) a step."""
     training, batches = config.training, global_batches(config, store)
-    model = build_model(config, store)
+    model = build_model(config, store.genes)
     disturb(model)
     model.double()
     plain = SimpleNamespace(optimizer=_optimizer(model, config))  # as much of an engine as a learning rate needs
@@ -97,7 +97,7 @@ class Reference:
         config = self.config()
         loader = Loader(self.store, training_rule(config, self.store), Share(), ALL_TOKENS)
         [batch] = held_out_batches(config, self.store, loader)
-        model = build_model(config, self.store)
+        model = build_model(config, self.store.genes)
         model.load_state_dict({name: torch.from_numpy(weight) for name, weight in result.weights.items()})
         with torch.no_grad():
             losses = target_losses(model.double(), batch).numpy()

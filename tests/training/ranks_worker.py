@@ -61,7 +61,7 @@ def train_case(case: dict[str, Any], config: Config, store: TokenStore, mesh: Me
     loader.poisoned = case.get("poison", ())
     loader.micro_batch_tokens = config.data.micro_batch_tokens = resolve_micro_batch(config, loader)
     order = training_order(config, loader)
-    model = build_model(config, store, mesh)
+    model = build_model(config, store.genes, mesh)
     held = sum(getattr(parameter, "ds_tensor", parameter).numel() for parameter in model.parameters())
     disturb(model)
     engine = build_engine(model, config, mesh)

@@ -73,7 +73,7 @@ class Lab:
     def __init__(self, config_path: Path, store: TokenStore, folder: Path, mesh: Mesh) -> None:
         self.run_dir, self.store, self.mesh = folder / "run", store, mesh
         self.config = resolve(load_config(config_path, [f"data.store={store.path}", f"run.dir={self.run_dir}"]), store)
-        self.model = build_model(self.config, store)
+        self.model = build_model(self.config, store.genes)
         self.engine = build_engine(self.model, self.config, mesh)
         self.genes = store.genes.ids.tolist()
         self.run_dir.mkdir()
@@ -107,7 +107,7 @@ def resume(lab: Lab, run_dir: Path) -> None:
 
 
 def init_from(lab: Lab, run_dir: Path) -> None:
-    start_from(build_model(lab.config, lab.store), lab.genes, run_dir)
+    start_from(build_model(lab.config, lab.store.genes), lab.genes, run_dir)
 
 
 def lock(lab: Lab, run_dir: Path) -> None:

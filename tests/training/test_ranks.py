@@ -137,7 +137,7 @@ def test_bf16_stays_close_to_fp32_on_the_same_samples(runs, reference, stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_bf16_keeps_and_saves_weights_in_fp32(runs, reference, stage):
     result = runs[f"zero{stage}-bf16-slow"]
-    model = build_model(reference.config(), reference.store)
+    model = build_model(reference.config(), reference.store.genes)
     if stage == 3:
         model.bfloat16()  # as it is built there, and then disturbed
     disturb(model)
@@ -171,7 +171,7 @@ def test_the_look_at_held_out_cells_is_the_plain_mean_over_cells_on_any_number_o
 
 def test_a_mean_of_means_would_be_another_loss(reference):
     config = reference.config()
-    model = build_model(config, reference.store)
+    model = build_model(config, reference.store.genes)
     disturb(model)
     batch = global_batches(config, reference.store)[0]
     with torch.no_grad():

@@ -1,0 +1,82 @@
+"""What a rehearsal takes steps of: the training's own shape, or a smaller one where that would take long."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from cctrain.apply.rehearse import LONGEST_STEP, MOST_PARAMETERS, made_up_batches, smaller
+from cctrain.config import Config, ModelConfig
+from cctrain.cost.devices import load_device
+from cctrain.cost.estimate import estimate
+from cctrain.cost.parameters import num_parameters
+from cctrain.cost.work import Contexts, work_of
+from cctrain.parallel.mesh import Mesh
+
+CPU = torch.device("cpu")
+
+
+def training(**data: int) -> Config:
+    config = Config(model=ModelConfig(width=64, depth=4, heads=4, latents=16))
+    config.training.precision = "fp32"
+    config.data.global_batch, config.data.micro_batch_tokens = 7, 2500
+    for key, value in data.items():
+        setattr(config.data, key, value)
+    return config
+
+
+@pytest.mark.parametrize(("ranks", "sharing"), [(1, 1), (2, 1), (2, 2), (4, 2)])
+def test_ranks_hold_what_the_closed_form_says_of_the_one_with_most_to_do(ranks, sharing):
+    config, contexts = training(), Contexts(1000, 60, 50)
+    config.parallel.context = sharing
+    work = work_of(config, contexts, ranks, tile_tokens=256)
+    for rank in range(ranks):
+        mesh = Mesh(rank, ranks, CPU, sharing)
+        batches = made_up_batches(config, contexts, mesh)
+        assert len(batches) == work.micro_batches
+        assert sum(len(batch.genes) for batch in batches) == work.micro_batches * work.load.tokens
+        assert sum(len(batch.targets) for batch in batches) == work.micro_batches * work.load.targets
+        assert max(len(batch.genes) for batch in batches) <= config.data.micro_batch_tokens
+
+
+def test_the_ranks_of_a_row_hold_slices_of_the_same_contexts_and_rows_of_others():
+    config, contexts = training(global_batch=4), Contexts(1000, 60, 50)
+    config.parallel.context = 2
+    held = [
+        np.concatenate([batch.samples for batch in made_up_batches(config, contexts, Mesh(rank, 4, CPU, 2))]).tolist()
+        for rank in range(4)
+    ]
+    assert held == [[0, 1], [0, 1], [2, 3], [2, 3]]
+
+
+def test_targets_are_hidden_and_within_their_contexts():
+    [batch] = made_up_batches(training(global_batch=2), Contexts(1000, 60, 50), Mesh(0, 1, CPU))
+    assert (batch.counts[batch.targets] == 0).all()
+    assert len(np.unique(batch.targets)) == 120
+    assert (batch.targets < 1000).sum() == 60
+
+
+def test_a_training_with_short_steps_is_rehearsed_as_it_is():
+    config, contexts = training(), Contexts(1000, 60, 50)
+    assert smaller(config, contexts, 1, load_device("h100", "fp32")) == (config, contexts)
+
+
+def test_one_with_long_steps_is_rehearsed_with_less_of_everything_and_itself_not_changed():
+    config, contexts = training(global_batch=64), Contexts(1_000_000, 50_000, 20_000)
+    slow = load_device("h100", "fp32")
+    slow = replace(slow, products=slow.products / 1000, attention=slow.attention / 1000)
+    before = copy.deepcopy(config)
+    assert estimate(config, contexts, slow, 2).seconds.total > 10 * LONGEST_STEP
+    small, short = smaller(config, contexts, 2, slow)
+    assert estimate(small, short, slow, 2).seconds.total <= LONGEST_STEP
+    assert config == before
+    assert short.targets / short.tokens == contexts.targets / contexts.tokens
+
+
+def test_a_model_too_large_for_a_rehearsal_has_fewer_layers_there():
+    config = training()
+    config.model.width, config.model.depth = 512, 48
+    small, _ = smaller(config, Contexts(1000, 60, 50), 1, load_device("h100", "fp32"))
+    assert num_parameters(small.model, 50) <= MOST_PARAMETERS < num_parameters(config.model, 50)
