@@ -342,7 +342,7 @@ def estimate(
 ) -> None:
     """What a training will need, before it is spent: memory, FLOPs, traffic, time.
 
-    On this machine it measures the parts of a step and rehearses some, for half a minute; of other devices it is a model.
+    On this machine it measures the parts of a step and rehearses a few, for half a minute; of others it is a model.
     """
 
     def work() -> Any:
