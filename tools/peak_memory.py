@@ -7,6 +7,7 @@ from pathlib import Path
 import psutil
 
 SECONDS_BETWEEN_SAMPLES, SECONDS_BETWEEN_LINES = 0.1, 30.0
+SHARE_OF_TIME = 0.02  # for what is mapped, whose list can be long
 GIB = 2**30
 
 
@@ -15,13 +16,16 @@ def watch(process: psutil.Popen, files: Path | None = None) -> tuple[dict[int, i
     the files in a folder, until it has ended."""
     started = told = time.monotonic()
     peaks: dict[int, int] = {}
-    most = 0
+    most = on_disk = 0
+    look_again = started
     try:
         while process.poll() is None:
             held = {child.pid: anonymous_bytes(child.pid) for child in [process, *process.children(recursive=True)]}
             peaks = {pid: max(peaks.get(pid, 0), held.get(pid, 0)) for pid in peaks | held}
-            on_disk = sum(mapped_bytes(pid, files) for pid in held) if files else 0
-            most = max(most, on_disk)
+            if files and (looking := time.monotonic()) >= look_again:
+                on_disk = sum(mapped_bytes(pid, files) for pid in held)
+                most = max(most, on_disk)
+                look_again = looking + (time.monotonic() - looking) / SHARE_OF_TIME
             if time.monotonic() - told > SECONDS_BETWEEN_LINES:
                 told = time.monotonic()
                 sizes = f"{sum(held.values()) / GIB:.2f} GiB in memory, {on_disk / GIB:.2f} GiB in files"
