@@ -7,8 +7,8 @@ first (tools/quality_cost.py). `cctrain train` trains, tools/quality_judge.py ju
 each model and way of judging it, OUT.md with the tables, and OUT.png.
 
 It may be stopped at any time: the same command goes on, in the middle of a training too. What has a row is not made
-again, so once all is there it only writes the tables. Data sets and seeds may be added later; other steps, another
-configuration or another store need another --out.
+again, so once all is there it only writes the tables. Data sets, seeds and --as-long-as-dense may be added later; other
+steps, another configuration or another store need another --out.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main() -> None:
     result = json.loads(file.read_text()) if file.is_file() else begun()
     for dataset in datasets.values():
         adopt(result, dataset, file)
-    trainings = planned(result, datasets, arguments.seeds)
+    trainings = planned(result, datasets, arguments.seeds, arguments.as_long_as_dense)
     if arguments.dry_run:
         print(plan_text(trainings, [predicted(result, training) for training in trainings]))
         return
@@ -66,6 +66,11 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"), help="shape and schedule")
     parser.add_argument("--work", type=Path, default=Path("data"), help="folder of data sets and stores")
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder of the trainings")
+    parser.add_argument(
+        "--as-long-as-dense",
+        action="store_true",
+        help="train the reference once more, for as many FLOPs as dense takes for S steps, which takes as long",
+    )
     parser.add_argument("--dry-run", action="store_true", help="measure steps, print the plan and how long it takes")
     parser.add_argument("--out", type=Path, default=Path("tools/results/quality"), help="a path without ending")
     arguments = parser.parse_args()
@@ -108,14 +113,16 @@ def adopt(result: dict[str, Any], dataset: Dataset, file: Path) -> None:
         )
 
 
-def planned(result: dict[str, Any], datasets: dict[str, Dataset], seeds: list[int]) -> list[Training]:
+def planned(
+    result: dict[str, Any], datasets: dict[str, Dataset], seeds: list[int], as_long_as_dense: bool = False
+) -> list[Training]:
     """Seed by seed, so that what there is after some time is complete for some seeds."""
     trainings = []
     for seed in seeds:
         for dataset in datasets.values():
             known = result["datasets"][dataset.name]
             cost = costs(known["facts"], known["seconds_a_step"])
-            trainings += plan(dataset.name, dataset.variants, cost, known["facts"]["steps"], [seed])
+            trainings += plan(dataset.name, dataset.variants, cost, known["facts"]["steps"], [seed], as_long_as_dense)
     return trainings
 
 

@@ -13,11 +13,14 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from cctrain.apply.figures import ACCENT, INK, MUTED
-from tools.quality_plan import DENSE, OTHER_LATENTS, REFERENCE, REFERENCE_LATENTS, criss_cross
+from tools.quality_plan import DENSE, OTHER_LATENTS, REFERENCE_LATENTS, criss_cross
 from tools.quality_report import Row, average, groups_of
 
 COSTS = {"flops": (1e12, "training FLOPs, 10¹²"), "seconds": (1.0, "seconds of training")}
-CUT, CUT_THEN_WHOLE = f"{REFERENCE}, n genes", f"{REFERENCE}, n genes, judged with all"
+CUT, CUT_THEN_WHOLE = (
+    f"M = {REFERENCE_LATENTS} trained and judged with n genes",
+    f"M = {REFERENCE_LATENTS} trained with n genes, judged with all",
+)
 # More latents are darker, for M is a quantity; markers and dashes for those who print in grey.
 STYLES: dict[str, dict[str, Any]] = {
     criss_cross(latents): {"color": colormaps["Blues"](shade), "marker": marker}
@@ -75,5 +78,5 @@ def curve(axes: Axes, rows: list[Row], cost: str, unit: float, style: dict[str, 
     costs, means, halves, cuts = zip(*sorted(points, key=lambda point: point[0]), strict=True)
     axes.errorbar(costs, means, halves if any(halves) else None, markersize=6, linewidth=1.2, capsize=2, **style)
     for x, y, cut in zip(costs, means, cuts, strict=True):
-        if cut is not None:
+        if style["label"] == CUT_THEN_WHOLE:
             axes.annotate(f"{cut:,}", (x, y), (4, 5), textcoords="offset points", fontsize=7, color=style["color"])

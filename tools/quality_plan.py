@@ -8,7 +8,8 @@ times, for as many steps as make it equal to the reference in
     time    S · (seconds of the reference's step) / (seconds of its own), as measured on this machine
 
 The learning rate follows the number of steps. Where two of these numbers are nearly the same, one training serves both.
-The reference's shape is also trained for S steps on contexts that are cut.
+The reference's shape is also trained for S steps on contexts that are cut. On long contexts equal cost leaves dense
+very few steps; so the reference may be trained once more, for as many FLOPs as dense takes for S steps.
 """
 
 import re
@@ -23,6 +24,7 @@ from cctrain.config import ModelConfig
 REFERENCE_LATENTS, OTHER_LATENTS = 64, (16, 256)
 CUT_TO = (500, 1000, 2000)
 STEPS, FLOPS, TIME = BUDGETS = ("steps", "FLOPs", "time")
+FLOPS_OF_DENSE = "FLOPs of dense"  # what dense takes for S steps
 NEARLY_THE_SAME = 0.02
 
 
@@ -70,7 +72,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Training:
-    """`equal`: the budgets in which it is equal to the reference."""
+    """`equal`: the budgets that its number of steps serves; models are compared within a budget."""
 
     dataset: str
     variant: Variant
@@ -86,7 +88,7 @@ class Training:
 
     @property
     def title(self) -> str:
-        return f"{self.dataset}, {self.variant.name}, equal {' and '.join(self.equal)}, seed {self.seed}"
+        return f"{self.dataset}, {self.variant.name}, equal in {' and '.join(self.equal)}, seed {self.seed}"
 
 
 def variants_of(base: ModelConfig, num_genes: int, longest: int) -> list[Variant]:
@@ -102,30 +104,36 @@ def variants_of(base: ModelConfig, num_genes: int, longest: int) -> list[Variant
 
 
 def plan(
-    dataset: str, variants: Iterable[Variant], costs: dict[str, Cost], steps: int, seeds: Iterable[int]
+    dataset: str,
+    variants: Iterable[Variant],
+    costs: dict[str, Cost],
+    steps: int,
+    seeds: Iterable[int],
+    as_long_as_dense: bool = False,
 ) -> Iterator[Training]:
     """All trainings of a data set; `costs` by the variant's name."""
-    numbers = [(variant, step_numbers(variant, costs, steps)) for variant in variants]
+    numbers = [(variant, step_numbers(variant, costs, steps, as_long_as_dense)) for variant in variants]
     for seed in seeds:
         for variant, by_number in numbers:
             for number, equal in by_number:
                 yield Training(dataset, variant, number, equal, seed)
 
 
-def step_numbers(variant: Variant, costs: dict[str, Cost], steps: int) -> list[tuple[int, tuple[str, ...]]]:
-    """How many steps this variant is trained for, and in which budgets each number is equal to the reference."""
-    if variant.name == REFERENCE:
-        return [(steps, BUDGETS)]
+def step_numbers(
+    variant: Variant, costs: dict[str, Cost], steps: int, as_long_as_dense: bool = False
+) -> list[tuple[int, tuple[str, ...]]]:
+    """How many steps this variant is trained for, and which budgets each number serves."""
     if variant.max_tokens is not None:
         return [(steps, (STEPS,))]
     own, reference = costs[variant.name], costs[REFERENCE]
-    return without_near_repeats(
-        {
-            STEPS: steps,
-            FLOPS: max(1, round(steps * reference.flops / own.flops)),
-            TIME: max(1, round(steps * reference.seconds / own.seconds)),
-        }
-    )
+    numbers = {
+        STEPS: steps,
+        FLOPS: max(1, round(steps * reference.flops / own.flops)),
+        TIME: max(1, round(steps * reference.seconds / own.seconds)),
+    }
+    if variant.name == DENSE or (variant.name == REFERENCE and as_long_as_dense):
+        numbers[FLOPS_OF_DENSE] = max(1, round(steps * costs[DENSE].flops / own.flops))
+    return without_near_repeats(numbers)
 
 
 def without_near_repeats(numbers: dict[str, int]) -> list[tuple[int, tuple[str, ...]]]:

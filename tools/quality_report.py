@@ -10,7 +10,7 @@ from typing import Any
 
 from scipy.stats import t as student
 
-from tools.quality_plan import BUDGETS, DENSE, REFERENCE, Training
+from tools.quality_plan import BUDGETS, DENSE, FLOPS_OF_DENSE, REFERENCE, STEPS, Training
 
 Row = dict[str, Any]
 LOSSES = ("nll",)
@@ -67,7 +67,7 @@ def against_dense(rows: list[Row]) -> list[dict[str, Any]]:
     """Each criss-cross model that was trained on whole cells, minus dense, in each budget and metric, of a data set."""
     whole = {key: group for key, group in groups_of(rows).items() if group[0]["trained_on"] is None}
     found = []
-    for budget in BUDGETS:
+    for budget in (*BUDGETS, FLOPS_OF_DENSE):
         in_budget = {model: group for (model, equal, _), group in whole.items() if budget in equal}
         dense = in_budget.pop(DENSE, [])
         for model, group in in_budget.items():
@@ -105,8 +105,9 @@ def report_text(result: dict[str, Any], figure: str) -> str:
 HOW = f"""\
 The reference is {REFERENCE}. *Equal* says in what a model's training equals the reference's: **steps**, the same
 contexts in the same order with about as many parameters; **FLOPs**, by the closed form on the contexts of the store;
-**time**, by step times that were measured before, the models taking turns. Seconds are those of the training steps as
-they then were. The learning rate follows the number of steps.
+**time**, by step times that were measured before, the models taking turns. **FLOPs of dense** are those that dense
+takes for the reference's number of steps. Seconds are those of the training steps as they then were. The learning rate
+follows the number of steps.
 
 All models of a data set are judged on the same hidden counts, drawn by gene alone, at the same size factors, which come
 from the counts that are not hidden. NLL is in nats, averaged within a cell, then over cells. Correlation is of log1p
@@ -127,7 +128,7 @@ def where_worse(comparisons: dict[str, list[dict[str, Any]]]) -> str:
         return "One seed has no interval: nothing is said of which is better."
     counts = {word: sum(row["verdict"] == word for row in judged) for word in ("better", "no different", "worse")}
     worse = [
-        f"{name}, {row['model']}, equal {row['budget']}: {METRICS[row['metric']]} ({_signed(row)})"
+        f"{name}, {row['model']}, equal in {row['budget']}: {METRICS[row['metric']]}, {_signed(row)}"
         for name, rows in comparisons.items()
         for row in rows
         if row["verdict"] == "worse"
@@ -155,7 +156,7 @@ def _facts(facts: dict[str, Any]) -> str:
 def _costs(rows: list[Row], known: dict[str, Any]) -> str:
     facts, predicted = known["facts"], known["seconds_a_step"]
     lines = [
-        "| model | equal | layers | parameters | steps | training FLOPs | seconds | s a step, before "
+        "| model | equal | layers | parameters | steps | training FLOPs | seconds | s a step, measured before "
         "| cells cut |\n|---|---|---|---|---|---|---|---|---|"
     ]
     for (model, equal, judged_on), group in groups_of(rows).items():
@@ -175,7 +176,7 @@ def _scores(rows: list[Row], known: dict[str, Any]) -> str:
     heads = [f"{METRICS[metric]} | minus reference" for metric in shown]
     lines = [f"| model | equal | judged with | {' | '.join(heads)} |", "|---|---|---|" + "---|---|" * len(shown)]
     groups = groups_of(rows)
-    reference = groups.get((REFERENCE, BUDGETS, None), [])
+    reference = next((group for key, group in groups.items() if key[0] == REFERENCE and STEPS in key[1]), [])
     for name, scores in known["baselines"].items():
         cells = [f"{_shown(scores[metric])} | " for metric in shown]
         lines.append(f"| {name} | | all genes | {' | '.join(cells)} |")

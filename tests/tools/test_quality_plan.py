@@ -13,8 +13,20 @@ from cctrain.data.loading.loader import Loader, Share
 from cctrain.data.store.store import TokenStore
 from cctrain.training.data import training_order, training_rule
 from tools.quality_cost import Epoch, epoch_of, flops_of_a_step
-from tools.quality_plan import BUDGETS, DENSE, FLOPS, REFERENCE, STEPS, TIME, Cost, plan, step_numbers, variants_of
-from tools.quality_plan import without_near_repeats as without
+from tools.quality_plan import (
+    BUDGETS,
+    DENSE,
+    FLOPS,
+    FLOPS_OF_DENSE,
+    REFERENCE,
+    STEPS,
+    TIME,
+    Cost,
+    plan,
+    step_numbers,
+    variants_of,
+    without_near_repeats,
+)
 
 SHAPE = ModelConfig(width=64, depth=2, heads=4)
 NUM_GENES, LONGEST, STEPS_OF_REFERENCE = 22_352, 8177, 300
@@ -44,6 +56,16 @@ def test_equal_flops_and_equal_time_are_equal_within_half_a_step(costs: dict[str
     assert abs(numbers[TIME] * own.seconds - STEPS_OF_REFERENCE * reference.seconds) <= own.seconds / 2
 
 
+def test_the_reference_is_trained_once_more_with_the_flops_of_as_many_steps_of_dense(costs: dict[str, Cost]) -> None:
+    trainings = list(plan("retina", VARIANTS, costs, STEPS_OF_REFERENCE, [0], as_long_as_dense=True))
+    [longer, dense] = [training for training in trainings if FLOPS_OF_DENSE in training.equal]
+    assert (longer.variant.name, dense.variant.name, dense.steps) == (REFERENCE, DENSE, STEPS_OF_REFERENCE)
+    of_dense = STEPS_OF_REFERENCE * costs[DENSE].flops
+    assert abs(longer.steps * costs[REFERENCE].flops - of_dense) <= costs[REFERENCE].flops / 2
+    without = list(plan("retina", VARIANTS, costs, STEPS_OF_REFERENCE, [0]))
+    assert [training for training in trainings if training != longer] == without
+
+
 def test_no_other_depth_brings_dense_nearer_to_the_parameters_of_the_reference() -> None:
     by_name = {variant.name: variant for variant in VARIANTS}
     wanted = num_parameters(by_name[REFERENCE].model(SHAPE), NUM_GENES)
@@ -56,8 +78,8 @@ def test_no_other_depth_brings_dense_nearer_to_the_parameters_of_the_reference()
 
 
 def test_a_number_of_steps_within_two_percent_of_another_is_not_trained_again() -> None:
-    assert without({STEPS: 300, FLOPS: 306, TIME: 200}) == [(300, (STEPS, FLOPS)), (200, (TIME,))]
-    assert without({STEPS: 300, FLOPS: 307, TIME: 307}) == [(300, (STEPS,)), (307, (FLOPS, TIME))]
+    assert without_near_repeats({STEPS: 300, FLOPS: 306, TIME: 200}) == [(300, (STEPS, FLOPS)), (200, (TIME,))]
+    assert without_near_repeats({STEPS: 300, FLOPS: 307, TIME: 307}) == [(300, (STEPS,)), (307, (FLOPS, TIME))]
 
 
 def test_the_reference_is_trained_once_a_seed_and_every_run_has_a_folder_of_its_own(costs: dict[str, Cost]) -> None:

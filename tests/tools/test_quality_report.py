@@ -55,8 +55,8 @@ def test_criss_cross_is_compared_with_the_dense_model_of_the_same_budget() -> No
 
 def test_where_criss_cross_is_worse_is_said_and_where_it_is_not_is_not() -> None:
     said = where_worse({"pbmc3k": against_dense(rows_of_three_seeds())})
-    assert f"pbmc3k, {REFERENCE}, equal steps: NLL per target" in said
-    assert "equal FLOPs" not in said
+    assert f"pbmc3k, {REFERENCE}, equal in steps: NLL per target" in said
+    assert "equal in FLOPs" not in said
     one_seed = [row for row in rows_of_three_seeds() if row["seed"] == 0]
     assert where_worse({"pbmc3k": against_dense(one_seed)}).startswith("One seed has no interval")
 
