@@ -26,7 +26,7 @@ from cctrain.tracking.journal import history, read_journal
 from tools.quality_data import Dataset, costs, measured_seconds, open_dataset
 from tools.quality_figure import draw
 from tools.quality_judge import baselines, judge
-from tools.quality_plan import Training, plan, predicted_seconds
+from tools.quality_plan import Training, plan, predicted_seconds, warmup_steps
 from tools.quality_report import in_words, plan_text, report_text
 from tools.record import circumstances, keep
 
@@ -165,6 +165,7 @@ def train(training: Training, dataset: Dataset, runs: Path) -> Path:
         "run.dir": run,
         "run.seed": training.seed,
         "training.steps": training.steps,
+        "training.warmup": warmup_steps(training.steps, dataset.held_out.config.training),
         "checkpoint.every": max(1, training.steps // 4),
         "checkpoint.keep": 1,
         "checkpoint.keep_best": "false",

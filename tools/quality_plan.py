@@ -7,9 +7,9 @@ times, for as many steps as make it equal to the reference in
     FLOPs   S · (FLOPs of the reference's step) / (FLOPs of its own), by the closed form, on the store's own contexts
     time    S · (seconds of the reference's step) / (seconds of its own), as measured on this machine
 
-The learning rate follows the number of steps. Where two of these numbers are nearly the same, one training serves both.
-The reference's shape is also trained for S steps on contexts that are cut. On long contexts equal cost leaves dense
-very few steps; so the reference may be trained once more, for as many FLOPs as dense takes for S steps.
+Warm-up and decay of the learning rate follow the number of steps. Where two of these numbers are nearly the same, one
+training serves both. The reference's shape is also trained for S steps on contexts that are cut. On long contexts equal
+cost leaves dense very few steps; so the reference may be trained once more, for as many FLOPs as dense takes for S.
 """
 
 import re
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cctrain.apply.scaling.measure import depth_of_as_many_parameters
-from cctrain.config import ModelConfig
+from cctrain.config import ModelConfig, TrainingConfig
 
 REFERENCE_LATENTS, OTHER_LATENTS = 64, (16, 256)
 CUT_TO = (500, 1000, 2000)
@@ -147,6 +147,11 @@ def without_near_repeats(numbers: dict[str, int]) -> list[tuple[int, tuple[str, 
         else:
             kept.append((number, (budget,)))
     return kept
+
+
+def warmup_steps(steps: int, schedule: TrainingConfig) -> int:
+    """The share of the steps that the configuration gives it: of few steps, its number would be most of them."""
+    return max(1, round(steps * schedule.warmup / schedule.steps))
 
 
 def predicted_seconds(training: Training, costs: dict[str, Cost], around: float) -> float:

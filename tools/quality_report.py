@@ -106,8 +106,8 @@ HOW = f"""\
 The reference is {REFERENCE}. *Equal* says in what a model's training equals the reference's: **steps**, the same
 contexts in the same order with about as many parameters; **FLOPs**, by the closed form on the contexts of the store;
 **time**, by step times that were measured before, the models taking turns. **FLOPs of dense** are those that dense
-takes for the reference's number of steps. Seconds are those of the training steps as they then were. The learning rate
-follows the number of steps.
+takes for the reference's number of steps. Seconds are those of the training steps as they then were. Warm-up and
+decay of the learning rate follow the number of steps; its peak is the same for all.
 
 All models of a data set are judged on the same hidden counts, drawn by gene alone, at the same size factors, which come
 from the counts that are not hidden. NLL is in nats, averaged within a cell, then over cells. Correlation is of log1p

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cctrain.config import Config, ModelConfig
+from cctrain.config import Config, ModelConfig, TrainingConfig
 from cctrain.cost.parameters import num_parameters
 from cctrain.cost.step import step_cost
 from cctrain.data.loading.loader import Loader, Share
@@ -25,6 +25,7 @@ from tools.quality_plan import (
     plan,
     step_numbers,
     variants_of,
+    warmup_steps,
     without_near_repeats,
 )
 
@@ -87,6 +88,11 @@ def test_the_reference_is_trained_once_a_seed_and_every_run_has_a_folder_of_its_
     reference = [training for training in trainings if training.variant.name == REFERENCE]
     assert [(training.seed, training.equal) for training in reference] == [(seed, BUDGETS) for seed in (0, 1, 2)]
     assert len({training.folder for training in trainings}) == len(trainings)
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(450, 10), (900, 20), (11, 1), (60, 1)])
+def test_warm_up_takes_the_share_of_the_steps_that_the_configuration_gives_it(steps: int, warmup: int) -> None:
+    assert warmup_steps(steps, TrainingConfig(steps=450, warmup=10)) == warmup
 
 
 def test_contexts_are_cut_for_the_reference_alone_and_only_where_that_cuts_a_cell() -> None:
