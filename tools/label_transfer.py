@@ -25,9 +25,10 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from cctrain.apply.predict import embed_contexts, load_model
-from cctrain.data.loading.contexts import Context, build_context, nothing_hidden
+from cctrain.data.loading.contexts import Context, ContextRule, build_context, nothing_hidden
 from cctrain.data.store.store import TokenStore, open_store
-from cctrain.run_directory import TrainedRun, open_run
+from cctrain.model.transformer import Transformer
+from cctrain.run_directory import open_run
 from tools.record import add_out, circumstances, keep
 
 NEIGHBOURS = 15
@@ -42,7 +43,9 @@ def main() -> None:
     run = open_run(arguments.run)
     store = open_store(Path(run.config.data.store), run.config.data.digest)
     labels = store.obs()[arguments.label].astype(str).to_numpy()
-    vectors = {"criss-cross": embed_store(run, store)}
+    most = run.config.data.max_tokens or len(store.genes.ids)
+    rule = nothing_hidden(store.genes.share, most, run.config.model.cell_encoding or 0)
+    vectors = {"criss-cross": embed_store(load_model(run), rule, store)}
     vectors["PCA"] = principal_components(store, vectors["criss-cross"].shape[1])
     scores = {name: transfer(places, labels, store.num_train) for name, places in vectors.items()}
     result = {
@@ -61,16 +64,16 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def embed_store(run: TrainedRun, store: TokenStore) -> np.ndarray:
+def embed_store(model: Transformer, rule: ContextRule, store: TokenStore) -> np.ndarray:
+    """float32 (num_cells, width of the embedding)."""
+
     def contexts() -> Iterator[Context]:
-        most = run.config.data.max_tokens or len(store.genes.ids)
-        rule = nothing_hidden(store.genes.share, most, run.config.model.cell_encoding or 0)
         for row in range(store.num_cells):
             cell = store.cells(np.array([row]))
             measured = store.measured[store.source_of_cell[row]]
             yield build_context(rule, 0, 0, cell.genes, cell.counts, measured)
 
-    return embed_contexts(load_model(run), contexts())
+    return embed_contexts(model, contexts())
 
 
 def principal_components(store: TokenStore, dimensions: int) -> np.ndarray:
@@ -82,6 +85,7 @@ def principal_components(store: TokenStore, dimensions: int) -> np.ndarray:
 
 
 def transfer(places: np.ndarray, labels: np.ndarray, num_train: int) -> float:
+    """Balanced accuracy on the cells from `num_train` on; places (num_cells, dimensions), labels str (num_cells,)."""
     classifier = KNeighborsClassifier(NEIGHBOURS).fit(places[:num_train], labels[:num_train])
     return float(balanced_accuracy_score(labels[num_train:], classifier.predict(places[num_train:])))
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cctrain.circumstances import circumstances
+from cctrain.run_directory import write_atomically
 
 __all__ = ["add_out", "circumstances", "keep"]
 
@@ -17,7 +18,7 @@ def add_out(parser: argparse.ArgumentParser, help: str = "a JSON file for the re
 
 def keep(result: dict[str, Any], out: Path | None) -> None:
     if out is not None:
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        write_atomically(out, f"{json.dumps(result, indent=1)}\n".encode())
 
 
 def _file(text: str) -> Path:

@@ -1,0 +1,127 @@
+"""Which trainings are compared: equal in parameters, FLOPs or time to the reference, and none twice."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cctrain.config import Config, ModelConfig, TrainingConfig
+from cctrain.cost.parameters import num_parameters
+from cctrain.cost.step import step_cost
+from cctrain.data.loading.loader import Loader, Share
+from cctrain.data.store.store import TokenStore
+from cctrain.training.data import training_order, training_rule
+from tools.quality_cost import Epoch, epoch_of, flops_of_a_step
+from tools.quality_plan import (
+    BUDGETS,
+    DENSE,
+    FLOPS,
+    FLOPS_OF_DENSE,
+    REFERENCE,
+    STEPS,
+    TIME,
+    Cost,
+    plan,
+    step_numbers,
+    variants_of,
+    warmup_steps,
+    without_near_repeats,
+)
+
+SHAPE = ModelConfig(width=64, depth=2, heads=4)
+NUM_GENES, LONGEST, STEPS_OF_REFERENCE = 22_352, 8177, 300
+VARIANTS = variants_of(SHAPE, NUM_GENES, LONGEST)
+LENGTHS = np.random.default_rng(0).integers(700, LONGEST, size=40).tolist()
+
+
+@pytest.fixture(scope="module")
+def costs() -> dict[str, Cost]:
+    """FLOPs of 5 steps of 8 contexts; the time of a FLOP is another for every variant."""
+    epoch = Epoch(LENGTHS, targets=sum(LENGTHS) // 20, steps=5)
+    flops = {variant.name: flops_of_a_step(variant.model(SHAPE), epoch) for variant in VARIANTS}
+    return {name: Cost(number, number * (1 + place) * 1e-11) for place, (name, number) in enumerate(flops.items())}
+
+
+def budgets(costs: dict[str, Cost], name: str) -> dict[str, int]:
+    [variant] = [variant for variant in VARIANTS if variant.name == name]
+    numbers = step_numbers(variant, costs, STEPS_OF_REFERENCE)
+    return {budget: number for number, equal in numbers for budget in equal}
+
+
+@pytest.mark.parametrize("name", [variant.name for variant in VARIANTS if variant.max_tokens is None])
+def test_equal_flops_and_equal_time_are_equal_within_half_a_step(costs: dict[str, Cost], name: str) -> None:
+    own, reference, numbers = costs[name], costs[REFERENCE], budgets(costs, name)
+    assert numbers[STEPS] == STEPS_OF_REFERENCE
+    assert abs(numbers[FLOPS] * own.flops - STEPS_OF_REFERENCE * reference.flops) <= own.flops / 2
+    assert abs(numbers[TIME] * own.seconds - STEPS_OF_REFERENCE * reference.seconds) <= own.seconds / 2
+
+
+def test_the_reference_is_trained_once_more_with_the_flops_of_as_many_steps_of_dense(costs: dict[str, Cost]) -> None:
+    trainings = list(plan("retina", VARIANTS, costs, STEPS_OF_REFERENCE, [0], as_long_as_dense=True))
+    [longer, dense] = [training for training in trainings if FLOPS_OF_DENSE in training.equal]
+    assert (longer.variant.name, dense.variant.name, dense.steps) == (REFERENCE, DENSE, STEPS_OF_REFERENCE)
+    of_dense = STEPS_OF_REFERENCE * costs[DENSE].flops
+    assert abs(longer.steps * costs[REFERENCE].flops - of_dense) <= costs[REFERENCE].flops / 2
+    without = list(plan("retina", VARIANTS, costs, STEPS_OF_REFERENCE, [0]))
+    assert [training for training in trainings if training != longer] == without
+
+
+def test_no_other_depth_brings_dense_nearer_to_the_parameters_of_the_reference() -> None:
+    by_name = {variant.name: variant for variant in VARIANTS}
+    wanted = num_parameters(by_name[REFERENCE].model(SHAPE), NUM_GENES)
+
+    def difference(depth: int) -> int:
+        return abs(num_parameters(ModelConfig("dense", 64, depth, 4), NUM_GENES) - wanted)
+
+    assert by_name[DENSE].attention == "dense"
+    assert by_name[DENSE].depth == min(range(1, 20), key=difference)
+
+
+def test_a_number_of_steps_within_two_percent_of_another_is_not_trained_again() -> None:
+    assert without_near_repeats({STEPS: 300, FLOPS: 306, TIME: 200}) == [(300, (STEPS, FLOPS)), (200, (TIME,))]
+    assert without_near_repeats({STEPS: 300, FLOPS: 307, TIME: 307}) == [(300, (STEPS,)), (307, (FLOPS, TIME))]
+
+
+def test_the_reference_is_trained_once_a_seed_and_every_run_has_a_folder_of_its_own(costs: dict[str, Cost]) -> None:
+    trainings = list(plan("retina", VARIANTS, costs, STEPS_OF_REFERENCE, [0, 1, 2]))
+    reference = [training for training in trainings if training.variant.name == REFERENCE]
+    assert [(training.seed, training.equal) for training in reference] == [(seed, BUDGETS) for seed in (0, 1, 2)]
+    assert len({training.folder for training in trainings}) == len(trainings)
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(450, 10), (900, 20), (11, 1), (60, 1)])
+def test_warm_up_takes_the_share_of_the_steps_that_the_configuration_gives_it(steps: int, warmup: int) -> None:
+    assert warmup_steps(steps, TrainingConfig(steps=450, warmup=10)) == warmup
+
+
+def test_contexts_are_cut_for_the_reference_alone_and_only_where_that_cuts_a_cell() -> None:
+    def cuts(longest: int) -> list[tuple[int, int, str]]:
+        variants = variants_of(SHAPE, NUM_GENES, longest)
+        return [(v.max_tokens, v.latents, v.attention) for v in variants if v.max_tokens is not None]
+
+    assert cuts(3000) == [(500, 64, "criss_cross"), (1000, 64, "criss_cross"), (2000, 64, "criss_cross")]
+    assert cuts(1000) == [(500, 64, "criss_cross")]
+
+
+def test_without_a_cut_contexts_are_as_long_as_the_longest_cell() -> None:
+    settings = {variant.name: variant.settings(Path("store"), LONGEST) for variant in VARIANTS}
+    assert settings[DENSE]["data.max_tokens"] == LONGEST
+    assert settings[f"{REFERENCE}, n = 500"]["data.max_tokens"] == 500
+
+
+def test_flops_of_a_step_are_those_of_the_steps_of_an_epoch(tiny_store: TokenStore) -> None:
+    config = Config()
+    config.data.store, config.data.max_tokens, config.data.global_batch = str(tiny_store.path), 1000, 5
+    loader = Loader(tiny_store, training_rule(config, tiny_store), Share(), 10_000)
+    num_steps = -(-tiny_store.num_train // 5)
+    steps = list(loader.training_steps(training_order(config, loader), 5, 0, num_steps))
+    assert sum(step.num_contexts for step in steps) == tiny_store.num_train
+    batches = [batch for step in steps for batch in step.batches]
+    flops = [
+        step_cost(SHAPE, [stop - start for start, stop in pairwise(batch.offsets.tolist())], len(batch.targets))
+        for batch in batches
+    ]
+    ran = sum(cost["cost/total_flops"] for cost in flops) / num_steps
+    # An epoch in another order hides other genes.
+    assert flops_of_a_step(SHAPE, epoch_of(config, tiny_store)) == pytest.approx(ran, rel=0.02)

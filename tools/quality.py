@@ -1,0 +1,202 @@
+"""Quality against cost: criss-cross beside dense attention at equal parameters, equal FLOPs and equal time.
+
+    tools/quality.sh [--datasets retina pbmc3k] [--seeds 0 1 2] [--steps S ...] [--dry-run] [--out PATH]
+
+tools/quality_plan.py says what is trained and for how many steps, which follows from what steps cost; that is measured
+first (tools/quality_cost.py). `cctrain train` trains, tools/quality_judge.py judges. Writes OUT.json with a row for
+each model and way of judging it, OUT.md with the tables, and OUT.png.
+
+It may be stopped at any time: the same command goes on, in the middle of a training too. What has a row is not made
+again, so once all is there it only writes the tables. Data sets, seeds and --as-long-as-dense may be added later; other
+steps, another configuration or another store need another --out.
+"""
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from cctrain.data.fetch import DATASETS
+from cctrain.run_directory import WEIGHTS
+from cctrain.tracking.journal import history, read_journal
+from tools.quality_data import Dataset, costs, measured_seconds, open_dataset
+from tools.quality_figure import draw
+from tools.quality_judge import baselines, judge
+from tools.quality_plan import Training, plan, predicted_seconds, warmup_steps
+from tools.quality_report import in_words, plan_text, report_text
+from tools.record import circumstances, keep
+
+SECONDS_AROUND = 12.0  # what a training and its judging take beside steps and forwards, on two idle cores
+
+
+def main() -> None:
+    arguments = parsed()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the training ends with whoever waits for it
+    table, figure, file = (arguments.out.with_name(f"{arguments.out.name}.{end}") for end in ("md", "png", "json"))
+    steps = arguments.steps * (len(arguments.datasets) if len(arguments.steps) == 1 else 1)
+    datasets = {
+        name: open_dataset(name, number, arguments.work, arguments.config)
+        for name, number in zip(arguments.datasets, steps, strict=True)
+    }
+    result = json.loads(file.read_text()) if file.is_file() else begun()
+    for dataset in datasets.values():
+        adopt(result, dataset, file)
+    trainings = planned(result, datasets, arguments.seeds, arguments.as_long_as_dense)
+    if arguments.dry_run:
+        print(plan_text(trainings, [predicted(result, training) for training in trainings]))
+        return
+    keep(result, file)
+    follow(result, trainings, datasets, file, arguments.runs)
+    draw(result, figure)
+    table.write_text(report_text(result, figure.name))
+    print(table.read_text())
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--datasets", nargs="+", default=list(DATASETS), choices=list(DATASETS), metavar="NAME")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument(
+        "--steps", nargs="+", type=int, default=[200], help="of the reference; one number, or by data set"
+    )
+    parser.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"), help="shape and schedule")
+    parser.add_argument("--work", type=Path, default=Path("data"), help="folder of data sets and stores")
+    parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder of the trainings")
+    parser.add_argument(
+        "--as-long-as-dense",
+        action="store_true",
+        help="train the reference once more, for as many FLOPs as dense takes for S steps, which takes as long",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="measure steps, print the plan and how long it takes")
+    parser.add_argument("--out", type=Path, default=Path("tools/results/quality"), help="a path without ending")
+    arguments = parser.parse_args()
+    if len(arguments.steps) not in (1, len(arguments.datasets)) or min(arguments.steps) < 1:
+        parser.error("--steps takes one number, or one for each of --datasets, and none below 1")
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    return arguments
+
+
+def begun() -> dict[str, Any]:
+    """`seconds`: all that it took, measuring, training and judging."""
+    return {
+        "question": "is criss-cross attention as good as dense attention at equal parameters, FLOPs and time?",
+        **circumstances("torch", "deepspeed", "scikit-learn"),
+        "seconds": 0.0,
+        "datasets": {},
+        "rows": [],
+    }
+
+
+def adopt(result: dict[str, Any], dataset: Dataset, file: Path) -> None:
+    """Measure what the steps of a new data set take. Raises SystemExit where its results were made otherwise."""
+    known = result["datasets"].get(dataset.name)
+    if known is None:
+        started = time.monotonic()
+        print(f"{dataset.name}: measuring steps", file=sys.stderr, flush=True)
+        width = dataset.held_out.config.model.width
+        result["datasets"][dataset.name] = {
+            "facts": dataset.facts,
+            "seconds_a_step": measured_seconds(dataset),
+            "baselines": baselines(dataset.held_out, width),
+        }
+        result["seconds"] += time.monotonic() - started
+        return
+    changed = [key for key, value in dataset.facts.items() if known["facts"].get(key) != value]
+    if changed:
+        raise SystemExit(
+            f"{file} holds results on {dataset.name} with other {', '.join(changed)}: give what they were made with, "
+            "or choose another --out"
+        )
+
+
+def planned(
+    result: dict[str, Any], datasets: dict[str, Dataset], seeds: list[int], as_long_as_dense: bool = False
+) -> list[Training]:
+    """Seed by seed, so that what there is after some time is complete for some seeds."""
+    trainings = []
+    for seed in seeds:
+        for dataset in datasets.values():
+            known = result["datasets"][dataset.name]
+            cost = costs(known["facts"], known["seconds_a_step"])
+            trainings += plan(dataset.name, dataset.variants, cost, known["facts"]["steps"], [seed], as_long_as_dense)
+    return trainings
+
+
+def predicted(result: dict[str, Any], training: Training) -> float:
+    known = result["datasets"][training.dataset]
+    return predicted_seconds(training, costs(known["facts"], known["seconds_a_step"]), SECONDS_AROUND)
+
+
+def follow(
+    result: dict[str, Any], trainings: list[Training], datasets: dict[str, Dataset], file: Path, runs: Path
+) -> None:
+    """Train and judge whatever has no row yet. Time to go is as predicted, times how far predictions were off."""
+    done = {row["run"] for row in result["rows"]}
+    left = [training for training in trainings if training.folder not in done]
+    expected = {training: predicted(result, training) for training in left}
+    took, foreseen, to_go = 0.0, 0.0, sum(expected.values())
+    for training in left:
+        print(f"{training.title}: {training.steps:,} steps", file=sys.stderr, flush=True)
+        started = time.monotonic()
+        dataset = datasets[training.dataset]
+        run = train(training, dataset, runs)
+        rows = [judged(run, training, dataset, cut) for cut in dict.fromkeys((training.variant.max_tokens, None))]
+        seconds = time.monotonic() - started
+        result["rows"] += rows
+        result["seconds"] += seconds
+        keep(result, file)
+        took, foreseen, to_go = took + seconds, foreseen + expected[training], to_go - expected[training]
+        print(
+            f"{training.title}: NLL {rows[-1]['nll']:.4f} after {in_words(seconds)}; {len(result['rows']):,} rows, "
+            f"about {in_words(to_go * took / foreseen)} to go",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def train(training: Training, dataset: Dataset, runs: Path) -> Path:
+    """The run directory. One rank, as steps were measured; what is there already is resumed."""
+    run = runs / training.folder
+    settings = {
+        "run.dir": run,
+        "run.seed": training.seed,
+        "training.steps": training.steps,
+        "training.warmup": warmup_steps(training.steps, dataset.held_out.config.training),
+        "checkpoint.every": max(1, training.steps // 4),
+        "checkpoint.keep": 1,
+        "checkpoint.keep_best": "false",
+    }
+    words = [*dataset.settings(training.variant), *(f"{key}={value}" for key, value in settings.items())]
+    command = [sys.executable, "-m", "cctrain", "train", str(dataset.config_file), *words, "--ranks", "1"]
+    code = subprocess.run(command, check=False).returncode
+    if code or not (run / WEIGHTS).is_file():
+        raise SystemExit(f"{training.title}: the training stopped (exit code {code}); the same command goes on with it")
+    return run
+
+
+def judged(run: Path, training: Training, dataset: Dataset, max_tokens: int | None) -> dict[str, Any]:
+    """A row; `seconds` and `flops` are of all training steps, `judged_on` None where nothing was cut."""
+    steps = [line for line in history(read_journal(run)) if line["event"] == "step"]
+    return {
+        "dataset": training.dataset,
+        "model": training.variant.name,
+        "equal": list(training.equal),
+        "seed": training.seed,
+        "run": training.folder,
+        "trained_on": training.variant.max_tokens,
+        "judged_on": max_tokens,
+        "steps": len(steps),
+        "flops": sum(line["cost/total_flops"] for line in steps),
+        "seconds": sum(line["step_seconds"] for line in steps),
+        "tokens": sum(line["tokens"] for line in steps),
+        "commit": circumstances()["commit"],
+        **judge(run, dataset.held_out, dataset.config_file, max_tokens),
+    }
+
+
+if __name__ == "__main__":
+    main()

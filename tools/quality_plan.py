@@ -1,0 +1,160 @@
+"""What is trained to compare quality against cost, as plain data: which models, for how many steps, in which order.
+
+The reference, criss-cross attention through 64 latents, is trained for S steps. Every other model is trained three
+times, for as many steps as make it equal to the reference in
+
+    steps   S: the same contexts in the same order. All models have about as many parameters, dense by its depth
+    FLOPs   S · (FLOPs of the reference's step) / (FLOPs of its own), by the closed form, on the store's own contexts
+    time    S · (seconds of the reference's step) / (seconds of its own), as measured on this machine
+
+Warm-up and decay of the learning rate follow the number of steps. Where two of these numbers are nearly the same, one
+training serves both. The reference's shape is also trained for S steps on contexts that are cut. On long contexts equal
+cost leaves dense very few steps; so the reference may be trained once more, for as many FLOPs as dense takes for S.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cctrain.apply.scaling.measure import depth_of_as_many_parameters
+from cctrain.config import ModelConfig, TrainingConfig
+
+REFERENCE_LATENTS, OTHER_LATENTS = 64, (16, 256)
+CUT_TO = (500, 1000, 2000)
+STEPS, FLOPS, TIME = BUDGETS = ("steps", "FLOPs", "time")
+FLOPS_OF_DENSE = "FLOPs of dense"  # what dense takes for S steps
+NEARLY_THE_SAME = 0.02
+
+
+def criss_cross(latents: int) -> str:
+    return f"criss-cross, M = {latents}"
+
+
+REFERENCE, DENSE = criss_cross(REFERENCE_LATENTS), "dense"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model, and the most visible tokens of the contexts it is trained on; None: all of every cell."""
+
+    name: str
+    attention: str
+    latents: int
+    depth: int
+    max_tokens: int | None = None
+
+    def model(self, base: ModelConfig) -> ModelConfig:
+        return replace(base, attention=self.attention, latents=self.latents, depth=self.depth)
+
+    def settings(self, store: Path, longest: int) -> dict[str, Any]:
+        """Configuration keys; `longest` is the number of tokens of the store's longest cell. Nobody looks at held-out
+        cells while it trains."""
+        return {
+            "data.store": store,
+            "data.max_tokens": self.max_tokens or longest,
+            "model.attention": self.attention,
+            "model.latents": self.latents,
+            "model.depth": self.depth,
+            "evaluation.every": 0,
+        }
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one training step; and the seconds that judging takes once it is trained."""
+
+    flops: float
+    seconds: float
+    judging: float = 0.0
+
+
+@dataclass(frozen=True)
+class Training:
+    """`equal`: the budgets that its number of steps serves; models are compared within a budget."""
+
+    dataset: str
+    variant: Variant
+    steps: int
+    equal: tuple[str, ...]
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        """Of its run; no other training has it."""
+        model = re.sub(r"\W+", "-", self.variant.name)
+        return f"{self.dataset}/{model}-steps-{self.steps}-seed-{self.seed}"
+
+    @property
+    def title(self) -> str:
+        return f"{self.dataset}, {self.variant.name}, equal in {' and '.join(self.equal)}, seed {self.seed}"
+
+
+def variants_of(base: ModelConfig, num_genes: int, longest: int) -> list[Variant]:
+    """The reference first. Cuts that would cut no cell of the store are left out."""
+    shape = replace(base, attention="criss_cross", latents=REFERENCE_LATENTS)
+    reference = Variant(REFERENCE, "criss_cross", REFERENCE_LATENTS, base.depth)
+    return [
+        reference,
+        *(replace(reference, name=criss_cross(latents), latents=latents) for latents in OTHER_LATENTS),
+        Variant(DENSE, "dense", REFERENCE_LATENTS, depth_of_as_many_parameters(shape, num_genes)),
+        *(replace(reference, name=f"{REFERENCE}, n = {n:,}", max_tokens=n) for n in CUT_TO if n < longest),
+    ]
+
+
+def plan(
+    dataset: str,
+    variants: Iterable[Variant],
+    costs: dict[str, Cost],
+    steps: int,
+    seeds: Iterable[int],
+    as_long_as_dense: bool = False,
+) -> Iterator[Training]:
+    """All trainings of a data set; `costs` by the variant's name."""
+    numbers = [(variant, step_numbers(variant, costs, steps, as_long_as_dense)) for variant in variants]
+    for seed in seeds:
+        for variant, by_number in numbers:
+            for number, equal in by_number:
+                yield Training(dataset, variant, number, equal, seed)
+
+
+def step_numbers(
+    variant: Variant, costs: dict[str, Cost], steps: int, as_long_as_dense: bool = False
+) -> list[tuple[int, tuple[str, ...]]]:
+    """How many steps this variant is trained for, and which budgets each number serves."""
+    if variant.max_tokens is not None:
+        return [(steps, (STEPS,))]
+    own, reference = costs[variant.name], costs[REFERENCE]
+    numbers = {
+        STEPS: steps,
+        FLOPS: max(1, round(steps * reference.flops / own.flops)),
+        TIME: max(1, round(steps * reference.seconds / own.seconds)),
+    }
+    if variant.name == DENSE or (variant.name == REFERENCE and as_long_as_dense):
+        numbers[FLOPS_OF_DENSE] = max(1, round(steps * costs[DENSE].flops / own.flops))
+    return without_near_repeats(numbers)
+
+
+def without_near_repeats(numbers: dict[str, int]) -> list[tuple[int, tuple[str, ...]]]:
+    """Each number with the budgets that it serves: its own, and those whose number it nearly is."""
+    kept: list[tuple[int, tuple[str, ...]]] = []
+    for budget, number in numbers.items():
+        for place, (other, served) in enumerate(kept):
+            if abs(number - other) <= NEARLY_THE_SAME * other:
+                kept[place] = other, (*served, budget)
+                break
+        else:
+            kept.append((number, (budget,)))
+    return kept
+
+
+def warmup_steps(steps: int, schedule: TrainingConfig) -> int:
+    """The share of the steps that the configuration gives it: of few steps, its number would be most of them."""
+    return max(1, round(steps * schedule.warmup / schedule.steps))
+
+
+def predicted_seconds(training: Training, costs: dict[str, Cost], around: float) -> float:
+    """Of training and judging; `around` is what every training takes beside its steps."""
+    cost = costs[training.variant.name]
+    return around + training.steps * cost.seconds + cost.judging

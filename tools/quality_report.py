@@ -1,0 +1,247 @@
+"""The comparison in tables: what was trained and what it cost, how good it is, and where criss-cross loses to dense.
+
+Every number is a mean over seeds; intervals are Student's t at 95 % over seeds, of differences paired by seed. They
+hold how much the initial weights and the order of samples matter, not which cells were held out.
+"""
+
+import statistics
+from collections.abc import Iterable
+from typing import Any
+
+from scipy.stats import t as student
+
+from tools.quality_plan import BUDGETS, DENSE, FLOPS_OF_DENSE, REFERENCE, STEPS, Training
+
+Row = dict[str, Any]
+LOSSES = ("nll",)
+METRICS = {
+    "nll": "NLL per target",
+    "correlation_within_gene": "correlation within a gene",
+    "label_transfer": "label transfer",
+}
+
+
+def interval(values: list[float]) -> dict[str, Any]:
+    """mean, low, high (None for a single value) and seeds, the number of values."""
+    mean, seeds = statistics.fmean(values), len(values)
+    if seeds < 2:
+        return {"mean": mean, "low": None, "high": None, "seeds": seeds}
+    half = float(student.ppf(0.975, seeds - 1)) * statistics.stdev(values) / seeds**0.5
+    return {"mean": mean, "low": mean - half, "high": mean + half, "seeds": seeds}
+
+
+def groups_of(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
+    """Rows that differ in their seed alone, in the order of their first ones."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["model"], tuple(row["equal"]), row["judged_on"]), []).append(row)
+    return groups
+
+
+def average(rows: list[Row], metric: str) -> dict[str, Any] | None:
+    """None where the metric is not known."""
+    values = [row[metric] for row in rows]
+    return None if None in values else interval(values)
+
+
+def paired(rows: list[Row], others: list[Row], metric: str) -> dict[str, Any] | None:
+    """Of rows − others over the seeds that both have; None where there is none, or the metric is not known."""
+    theirs = {row["seed"]: row[metric] for row in others}
+    pairs = [(row[metric], theirs[row["seed"]]) for row in rows if row["seed"] in theirs]
+    if not pairs or any(None in pair for pair in pairs):
+        return None
+    return interval([mine - other for mine, other in pairs])
+
+
+def verdict(difference: dict[str, Any], metric: str) -> str | None:
+    """`better`, `worse` or `no different`, as far as the interval says; None without one."""
+    if difference["low"] is None:
+        return None
+    low, high = difference["low"], difference["high"]
+    if low <= 0 <= high:
+        return "no different"
+    return "better" if (high < 0) == (metric in LOSSES) else "worse"
+
+
+def against_dense(rows: list[Row]) -> list[dict[str, Any]]:
+    """Each criss-cross model that was trained on whole cells, minus dense, in each budget and metric, of a data set."""
+    whole = {key: group for key, group in groups_of(rows).items() if group[0]["trained_on"] is None}
+    found = []
+    for budget in (*BUDGETS, FLOPS_OF_DENSE):
+        in_budget = {model: group for (model, equal, _), group in whole.items() if budget in equal}
+        dense = in_budget.pop(DENSE, [])
+        for model, group in in_budget.items():
+            for metric in METRICS:
+                difference = paired(group, dense, metric)
+                if difference is not None:
+                    row = {"budget": budget, "model": model, "metric": metric, **difference}
+                    found.append(row | {"verdict": verdict(difference, metric)})
+    return found
+
+
+def report_text(result: dict[str, Any], figure: str) -> str:
+    """Markdown; `figure` is the path of the picture beside it. Raises ValueError if models of a data set were judged on
+    different targets."""
+    rows_of = {name: [row for row in result["rows"] if row["dataset"] == name] for name in result["datasets"]}
+    comparisons = {name: against_dense(rows) for name, rows in rows_of.items()}
+    seeds = sorted({row["seed"] for row in result["rows"]})
+    parts = [
+        "# Quality against cost",
+        f"{len({row['run'] for row in result['rows']})} trainings with seeds {', '.join(map(str, seeds))}, in "
+        f"{in_words(result['seconds'])} of measuring, training and judging on {result['machine']['cores']} cores.",
+        where_worse(comparisons),
+        f"![held-out NLL against training FLOPs and seconds]({figure})",
+    ]
+    for name, rows in rows_of.items():
+        known = result["datasets"][name]
+        if {row["targets"] for row in rows} - {known["facts"]["targets_digest"]}:
+            raise ValueError(f"{name}: not all models were judged on the same targets")
+        parts += [f"## {name}", _facts(known["facts"]), _costs(rows, known), _scores(rows, known)]
+        if comparisons[name]:
+            parts += ["Criss-cross minus dense at equal cost:", _comparison(comparisons[name])]
+    return "\n\n".join([*parts, "## How to read this", HOW]) + "\n"
+
+
+HOW = f"""\
+The reference is {REFERENCE}. *Equal* says in what a model's training equals the reference's: **steps**, the same
+contexts in the same order with about as many parameters; **FLOPs**, by the closed form on the contexts of the store;
+**time**, by step times that were measured before, the models taking turns. **FLOPs of dense** are those that dense
+takes for the reference's number of steps. Seconds are those of the training steps as they then were. Warm-up and
+decay of the learning rate follow the number of steps; its peak is the same for all.
+
+All models of a data set are judged on the same hidden counts, drawn by gene alone, at the same size factors, which come
+from the counts that are not hidden. NLL is in nats, averaged within a cell, then over cells. Correlation is of log1p
+counts across cells within a gene, then the mean over genes detected in over 5 % of training cells. Label transfer is
+the balanced accuracy of 15 nearest training cells on held-out cells, by embeddings that saw no label. n is the most
+visible tokens of a context; size factors always are of the whole cell.
+
+Behind ± and in parentheses: 95 % t intervals over seeds, of differences paired by seed. They hold what initial weights
+and the order of samples do, not what other held-out cells would; with three seeds they are wide. **Bold**: zero is
+outside. Of twenty differences that are none, one is expected to be bold."""
+
+
+def where_worse(comparisons: dict[str, list[dict[str, Any]]]) -> str:
+    """One paragraph: in what, and at which cost, criss-cross is worse than dense."""
+    everything = [row for rows in comparisons.values() for row in rows]
+    judged = [row for row in everything if row["verdict"] is not None]
+    if not judged:
+        return "One seed has no interval: nothing is said of which is better."
+    counts = {word: sum(row["verdict"] == word for row in judged) for word in ("better", "no different", "worse")}
+    worse = [
+        f"{name}, {row['model']}, equal in {row['budget']}: {METRICS[row['metric']]}, {_signed(row)}"
+        for name, rows in comparisons.items()
+        for row in rows
+        if row["verdict"] == "worse"
+    ]
+    summary = (
+        f"Of {len(judged)} comparisons of criss-cross with dense at equal cost, criss-cross is better in "
+        f"{counts['better']}, no different in {counts['no different']} and worse in {counts['worse']}."
+    )
+    return summary + ("" if not worse else " It is worse here:\n\n" + "\n".join(f"- {one}" for one in worse))
+
+
+def _facts(facts: dict[str, Any]) -> str:
+    labels = (
+        "it has no cell types, so there is no label transfer"
+        if facts["labels"] is None
+        else (f"labels: `{facts['labels']}`")
+    )
+    return (
+        f"{facts['training_cells']:,} training cells, {facts['held_out_cells']:,} held out; contexts of "
+        f"{facts['tokens_a_context']:,.0f} tokens in the mean, at most {facts['longest']:,} visible; "
+        f"{facts['targets']:,} targets in {facts['draws']} draws; {facts['steps_an_epoch']:,} steps an epoch; {labels}."
+    )
+
+
+def _costs(rows: list[Row], known: dict[str, Any]) -> str:
+    facts, predicted = known["facts"], known["seconds_a_step"]
+    lines = [
+        "| model | equal | layers | parameters | steps | training FLOPs | seconds | s a step, measured before "
+        "| cells cut |\n|---|---|---|---|---|---|---|---|---|"
+    ]
+    for (model, equal, judged_on), group in groups_of(rows).items():
+        if judged_on is not None:
+            continue
+        variant, mean = facts["variants"][model], {key: average(group, key) for key in ("steps", "flops", "seconds")}
+        lines.append(
+            f"| {model} | {', '.join(equal)} | {variant['depth']} | {variant['parameters']:,} "
+            f"| {mean['steps']['mean']:,.0f} | {mean['flops']['mean'] / 1e12:.3g} · 10¹² "
+            f"| {mean['seconds']['mean']:,.0f} | {predicted[model]:.3f} | {variant['cells_cut']:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def _scores(rows: list[Row], known: dict[str, Any]) -> str:
+    shown = [metric for metric in METRICS if metric != "label_transfer" or known["facts"]["labels"] is not None]
+    heads = [f"{METRICS[metric]} | minus reference" for metric in shown]
+    lines = [f"| model | equal | judged with | {' | '.join(heads)} |", "|---|---|---|" + "---|---|" * len(shown)]
+    groups = groups_of(rows)
+    reference = next((group for key, group in groups.items() if key[0] == REFERENCE and STEPS in key[1]), [])
+    for name, scores in known["baselines"].items():
+        cells = [f"{_shown(scores[metric])} | " for metric in shown]
+        lines.append(f"| {name} | | all genes | {' | '.join(cells)} |")
+    for (model, equal, judged_on), group in groups.items():
+        cells = []
+        for metric in shown:
+            difference = None if group is reference else paired(group, reference, metric)
+            cells.append(f"{_absolute(average(group, metric))} | {_signed(difference)}")
+        judged = "all genes" if judged_on is None else f"n = {judged_on:,}"
+        lines.append(f"| {model} | {', '.join(equal)} | {judged} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _comparison(comparisons: list[dict[str, Any]]) -> str:
+    shown = [metric for metric in METRICS if any(row["metric"] == metric for row in comparisons)]
+    found = {(row["budget"], row["model"], row["metric"]): row for row in comparisons}
+    lines = [
+        f"| equal | model | {' | '.join(METRICS[metric] for metric in shown)} |",
+        "|---|---|" + "---|" * len(shown),
+    ]
+    for budget, model in dict.fromkeys((row["budget"], row["model"]) for row in comparisons):
+        cells = []
+        for metric in shown:
+            row = found.get((budget, model, metric))
+            cells.append("" if row is None else f"{_signed(row)}{', ' + row['verdict'] if row['verdict'] else ''}")
+        lines.append(f"| {budget} | {model} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _absolute(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    return _shown(found["mean"]) + ("" if found["high"] is None else f" ± {found['high'] - found['mean']:.4f}")
+
+
+def _signed(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    if found["low"] is None:
+        return f"{found['mean']:+.4f}"
+    words = f"{found['mean']:+.4f} ({found['low']:+.4f} to {found['high']:+.4f})"
+    return words if found["low"] <= 0 <= found["high"] else f"**{words}**"
+
+
+def plan_text(trainings: list[Training], seconds: list[float]) -> str:
+    """What would be trained, and how long each of it takes with judging, for all seeds together."""
+    totals: dict[tuple[str, str, str, int], list[float]] = {}
+    for training, one in zip(trainings, seconds, strict=True):
+        key = training.dataset, training.variant.name, ", ".join(training.equal), training.steps
+        totals.setdefault(key, []).append(one)
+    lines = [f"{'data set':<10} {'model':<32} {'equal':<20} {'steps':>7} {'seeds':>5}  time"]
+    lines += [
+        f"{dataset:<10} {model:<32} {equal:<20} {steps:>7,} {len(times):>5}  {in_words(sum(times))}"
+        for (dataset, model, equal, steps), times in totals.items()
+    ]
+    return "\n".join([*lines, f"{len(trainings)} trainings, about {in_words(sum(seconds))}"])
+
+
+def in_words(seconds: float) -> str:
+    """1 h 05 min, 3 min, 20 s."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
