@@ -27,6 +27,11 @@ def even_store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
     return prepared(folder / "store", write_h5ad(folder / "cells.h5ad", random_counts(40, 48)))
 
 
+@pytest.fixture(scope="session")
+def zero_trainings(even_store: TokenStore) -> list[dict[str, Any]]:
+    return zero_steps(even_store, ZERO_KINDS)
+
+
 def zero_steps(store: TokenStore, kinds: list[tuple[int, str]]) -> list[dict[str, Any]]:
     """What `zero_worker` says of trainings with these stages and precisions."""
     port = free_port()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cctrain.config import MemoryConfig, ModelConfig
-from cctrain.cost.memory import activations, peak, state
+from cctrain.cost.memory import LARGEST_BUCKET, activations, peak, reduce_bucket, state
 from cctrain.cost.parameters import num_parameters
 from cctrain.cost.work import Load
 from cctrain.training.objective import negative_log_likelihood
@@ -61,6 +61,16 @@ def test_zero_keeps_from_step_to_step_what_the_formula_says(even_store, stage, p
     law = state(ZERO_MODEL, num_genes, stage, element_bytes, ZERO_RANKS, bucket)
     # After some steps a bucket of the last one has not been collected yet.
     assert min(step["kept"]) == pytest.approx(law.kept, rel=TOLERANCE)
+
+
+@pytest.mark.processes
+def test_deepspeed_allocates_no_more_for_reducing_gradients_than_there_are(even_store, zero_trainings):
+    total = num_parameters(ZERO_MODEL, len(even_store.genes.ids))
+    buckets = {(step["stage"], step["precision"]): step["reduce_bucket"] for step in zero_trainings}
+    without = {(0, "fp32"), (0, "bf16"), (1, "bf16")}  # these have none
+    assert buckets == {kind: None if kind in without else total for kind in buckets}
+    assert reduce_bucket(total) == total
+    assert reduce_bucket(10**10) == LARGEST_BUCKET
 
 
 def test_more_ranks_share_more_at_every_stage_and_the_last_shares_all():

@@ -18,14 +18,14 @@ from cctrain.cost.traffic import (
     zero,
 )
 from cctrain.model.merge import MOST_SHARDS_TO_GATHER
-from tests.cost.conftest import ZERO_KINDS, ZERO_MODEL, ZERO_RANKS, zero_steps
+from tests.cost.conftest import ZERO_MODEL, ZERO_RANKS
 
 
 @pytest.mark.processes
-def test_zero_sends_what_the_formulas_say(even_store):
+def test_zero_sends_what_the_formulas_say(even_store, zero_trainings):
     num_genes = len(even_store.genes.ids)
     assert any(size >= PERSISTENT_BELOW for _, size, _ in parameter_tensors(ZERO_MODEL, num_genes))
-    for step in zero_steps(even_store, ZERO_KINDS):
+    for step in zero_trainings:
         assert step["micro_batches"] > 1
         element_bytes = 4 if step["precision"] == "fp32" else 2
         law = zero(ZERO_MODEL, num_genes, step["stage"], element_bytes, ZERO_RANKS, step["micro_batches"])

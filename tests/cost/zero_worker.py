@@ -73,6 +73,7 @@ def steps(store_path: str, model: dict[str, Any], kinds: list[tuple[int, str]], 
             "micro_batches": training.micro_batches,
             "collectives": recorder.seen,
             "kept": kept,
+            "reduce_bucket": getattr(training.engine.optimizer, "reduce_bucket_size", None),  # not without ZeRO
         }
 
 
