@@ -77,5 +77,5 @@ def _steps(config: Config, mesh: Mesh) -> Generator[StepResult, None, None]:
     store = open_store(Path(config.data.store))
     config, _ = look_at_store(config, store)
     loader = Loader(store, training_rule(config, store), share_of(mesh), config.data.micro_batch_tokens or 0)
-    engine = build_engine(build_model(config, store, mesh), config, mesh)
+    engine = build_engine(build_model(config, store.genes, mesh), config, mesh)
     return run_steps(engine, config, mesh, loader, training_order(config, loader))
