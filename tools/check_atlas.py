@@ -219,7 +219,8 @@ def watch(command: list[str], log: Path, folder: Path, kill_after: float | None)
         if time.monotonic() > until:
             raise Broken(f"processes {session_members(leader.pid)} are left of `{' '.join(command)}`")
         time.sleep(SECONDS_BETWEEN_LOOKS)
-    messages = [line for line in log.read_text(errors="replace").splitlines() if GOES_ON.search(line)]
+    said = log.read_text(errors="replace").replace(str(folder), folder.name)  # results name no folder of a machine
+    messages = [line for line in said.splitlines() if GOES_ON.search(line)]
     cpu_seconds = cpu_seconds_of_children() - cpu_before
     return Watched(seconds, cpu_seconds, killed, processes, peak, shared_once, disk, messages), exit_code
 
