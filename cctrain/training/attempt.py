@@ -64,7 +64,7 @@ class Attempt:
     start: Start
 
 
-def follow(attempt: Attempt, journal: Journal | None) -> Ending:
+def follow(attempt: Attempt, journal: Journal | None, report: Report) -> Ending:
     """Take one step after another until all are done or the ranks agree to stop.
 
     The journal is the first rank's. After a step: its line, a look at the held-out cells, a checkpoint, in this order.
@@ -72,7 +72,6 @@ def follow(attempt: Attempt, journal: Journal | None) -> Ending:
     config, start = attempt.config, attempt.start
     looks, checkpoint = config.evaluation, config.checkpoint
     skipped = SkippedSteps(config.training.max_skipped)
-    report = Report(config, attempt.mesh, attempt.store, attempt.loader, start.step)
     ending, reason = FINISHED, None
     results = run_steps(
         attempt.engine,

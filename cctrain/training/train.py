@@ -34,6 +34,7 @@ from cctrain.training.data import (
 from cctrain.training.engine import build_engine, sharded_if_wanted, whole
 from cctrain.training.guards import Ending, StopRequests, Watchdog, clear_outcome, record_crashes, write_outcome
 from cctrain.training.initial_weights import start_from
+from cctrain.training.report import Report
 from cctrain.training.resume import check_changes, check_checkpoints_are_there, read_past
 
 log = logging.getLogger(__name__)
@@ -106,8 +107,9 @@ def run_attempt(config: Config, accept_changes: bool, mesh: Mesh, requests: Stop
     start = Start(step, position, past, facts)
     held_out = held_out_batches(config, store, loader) if config.evaluation.every else []
     attempt = Attempt(config, run_dir, mesh, store, engine, loader, order, held_out, requests, watchdog, start)
+    report = Report(config, mesh, store, loader, step)  # measures this machine: before MLflow is imported beside it
     with recorded(attempt) as journal:
-        return follow(attempt, journal)
+        return follow(attempt, journal, report)
 
 
 def is_finished(run_dir: Path, config: Config) -> bool:
