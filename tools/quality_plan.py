@@ -137,11 +137,11 @@ def step_numbers(
 
 
 def without_near_repeats(numbers: dict[str, int]) -> list[tuple[int, tuple[str, ...]]]:
-    """Each number with the budgets that it serves: its own, and those whose number it nearly is."""
+    """Each number with the budgets that it serves: its own, and those whose number differs by 2 % or a single step."""
     kept: list[tuple[int, tuple[str, ...]]] = []
     for budget, number in numbers.items():
         for place, (other, served) in enumerate(kept):
-            if abs(number - other) <= NEARLY_THE_SAME * other:
+            if abs(number - other) <= max(1, NEARLY_THE_SAME * other):
                 kept[place] = other, (*served, budget)
                 break
         else:

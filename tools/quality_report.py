@@ -87,7 +87,7 @@ def report_text(result: dict[str, Any], figure: str) -> str:
     seeds = sorted({row["seed"] for row in result["rows"]})
     parts = [
         "# Quality against cost",
-        f"{len({row['run'] for row in result['rows']})} trainings with seeds {', '.join(map(str, seeds))}, in "
+        f"{len({row['run'] for row in result['rows']})} trainings (seed {', '.join(map(str, seeds))}), in "
         f"{in_words(result['seconds'])} of measuring, training and judging on {result['machine']['cores']} cores.",
         where_worse(comparisons),
         f"![held-out NLL against training FLOPs and seconds]({figure})",

@@ -99,10 +99,11 @@ def test_results_of_another_store_or_number_of_steps_are_not_mixed(result: dict[
 
 
 def made_up_retina(work: Path) -> None:
-    """120 cells of two types, which differ in half of their 700 genes."""
+    """120 cells of two types, which express about as many of 700 genes, each another half of them more strongly."""
     counts = random_counts(120, 700)
     types = np.arange(120) % 2
-    counts[types == 1, 350:] += 2
+    counts[types == 0, :350] *= 3
+    counts[types == 1, 350:] *= 3
     obs = pd.DataFrame({"cell_type": np.array(["rod", "cone"])[types]}, index=[f"cell{i}" for i in range(120)])
     (work / "retina").mkdir(parents=True)
     cells = anndata.AnnData(sp.csr_matrix(counts), obs, pd.DataFrame(index=gene_ids(700)))

@@ -78,9 +78,11 @@ def test_no_other_depth_brings_dense_nearer_to_the_parameters_of_the_reference()
     assert by_name[DENSE].depth == min(range(1, 20), key=difference)
 
 
-def test_a_number_of_steps_within_two_percent_of_another_is_not_trained_again() -> None:
+def test_a_number_of_steps_within_two_percent_or_one_step_of_another_is_not_trained_again() -> None:
     assert without_near_repeats({STEPS: 300, FLOPS: 306, TIME: 200}) == [(300, (STEPS, FLOPS)), (200, (TIME,))]
     assert without_near_repeats({STEPS: 300, FLOPS: 307, TIME: 307}) == [(300, (STEPS,)), (307, (FLOPS, TIME))]
+    assert without_near_repeats({STEPS: 100, FLOPS: 6, TIME: 5}) == [(100, (STEPS,)), (6, (FLOPS, TIME))]
+    assert without_near_repeats({STEPS: 100, FLOPS: 7, TIME: 5}) == [(100, (STEPS,)), (7, (FLOPS,)), (5, (TIME,))]
 
 
 def test_the_reference_is_trained_once_a_seed_and_every_run_has_a_folder_of_its_own(costs: dict[str, Cost]) -> None:
