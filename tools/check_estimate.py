@@ -29,7 +29,7 @@ from cctrain.tracking.journal import history, read_journal
 from tools.peak_memory import watch
 from tools.record import add_out, circumstances, keep
 
-SECONDS, FEWEST_STEPS, MOST_STEPS, STEPS_FOR_MEMORY = 20, 8, 120, 4
+SECONDS, FEWEST_STEPS, MOST_STEPS, STEPS_FOR_MEMORY = 40, 12, 400, 4
 TIME_TOLERANCE, MEMORY_TOLERANCE = 0.30, 0.15
 CONFIG = "configs/cell.yaml"
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -108,7 +108,7 @@ def compare(drawn: dict[str, Any], store: Path, work: Path) -> dict[str, Any]:
     ratios = {"time": estimated.seconds.total / seconds, "memory": estimated.memory / memory}
     return {
         **drawn,
-        "tokens": estimated.contexts.tokens,
+        "tokens": estimated.needs.contexts.tokens,
         "step_seconds": seconds,
         "estimated_seconds": estimated.seconds.total,
         "memory_bytes": memory,
