@@ -183,7 +183,8 @@ def run_mutant(folder: Path, id_: str, seed: int, original: Original, worker: Wo
         (folder / CRATER).rmdir()
     if verdict != FAILED and not keep:
         shutil.rmtree(here)
-    return Mutant(id_, kind, what, verdict, said, round(time.monotonic() - started, 2))
+    seconds = round(time.monotonic() - started, 2)
+    return Mutant(id_, kind, what, verdict, said.replace(f"{folder}/", ""), seconds)
 
 
 def make_mutant(here: Path, id_: str, seed: int, original: Original) -> tuple[str, Path, str]:
