@@ -42,12 +42,16 @@ SMALL = (
 )
 STEP_KEYS = {
     *("event", "attempt", "step", "loss", "learning_rate", "grad_norm", "tokens", "contexts", "targets"),
-    *("step_seconds", "data_seconds", "samples", "accumulation", "utilisation"),
+    *("step_seconds", "data_seconds", "communication_seconds", "imbalance_seconds"),
+    *("samples", "accumulation", "utilisation"),
     *("memory/bytes", "memory/peak_bytes", "cost/sent_bytes"),
     *(f"system/node-0/{name}" for name in ("cpu_percent", "memory_bytes", "network_bytes_per_second")),
     *("cost/n", "cost/M", "cost/attention_flops", "cost/total_flops"),
 }
-MAY_BE_ZERO = {"data_seconds", "cost/sent_bytes", "system/node-0/cpu_percent", "system/node-0/network_bytes_per_second"}
+MAY_BE_ZERO = {
+    *("data_seconds", "imbalance_seconds", "cost/sent_bytes"),
+    *("system/node-0/cpu_percent", "system/node-0/network_bytes_per_second"),
+}
 
 
 @dataclass(frozen=True)

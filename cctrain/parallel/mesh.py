@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from cctrain.errors import UsageError
+from cctrain.parallel.waiting import counted_waiting
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ def join_mesh(timeout_seconds: float = 1800.0, num_context_ranks: int = 1) -> It
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         alone_in_row = Mesh(rank=dist.get_rank(), num_ranks=dist.get_world_size(), device=device)
-        yield arrange(alone_in_row, num_context_ranks, timeout_seconds)
+        with counted_waiting():
+            yield arrange(alone_in_row, num_context_ranks, timeout_seconds)
         # Without this, about half of two-rank gloo runs abort at exit.
         dist.barrier()
     finally:

@@ -33,7 +33,10 @@ _MAX_TAG = 5000
 _STALE_SECONDS = 15 * 60
 _MAX_RESTARTS = 10  # in the description
 _OWN_KEYS = ("event", "attempt", "step", "time")
-_SPEED_KEYS = ("step_seconds", "data_seconds", "packing_efficiency", "utilisation")
+_SPEED_KEYS = (
+    *("step_seconds", "data_seconds", "communication_seconds", "imbalance_seconds"),
+    *("packing_efficiency", "utilisation"),
+)
 _RATES = {"tokens": "tokens", "contexts": "contexts", "cost/total_flops": "flops"}  # of a step: by the second
 _NOT_ALLOWED = re.compile(r"[^/\w.\- :]")
 _FOOTER = "*Written by cctrain from the run's journal; edit it and remove this line, and it stays as you left it.*"

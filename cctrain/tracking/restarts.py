@@ -21,7 +21,10 @@ Line = dict[str, Any]
 _SAME_RESULT = 1e-2  # relative: as far as bf16 on another number of ranks may be
 _SAME_RATE = 1e-9  # the schedule is a formula; only its last bits may depend on the machine
 _MAX_REASON = 200
-_CIRCUMSTANCES = {"time", "attempt", "seconds", "step_seconds", "data_seconds", "utilisation"}
+_CIRCUMSTANCES = {
+    *("time", "attempt", "utilisation"),
+    *("seconds", "step_seconds", "data_seconds", "communication_seconds", "imbalance_seconds"),
+}
 _GROUPS_OF_CIRCUMSTANCES = ("memory/", "system/")
 
 

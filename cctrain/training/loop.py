@@ -30,6 +30,7 @@ from cctrain.data.loading.prefetch import prefetched
 from cctrain.errors import DataError, TrainingError
 from cctrain.model.transformer import Inputs, Transformer
 from cctrain.parallel.mesh import Mesh, gather_rows, sum_over_context, sum_over_ranks
+from cctrain.parallel.waiting import seconds_waited
 from cctrain.training.engine import set_learning_rate, take_step
 from cctrain.training.objective import negative_log_likelihood
 from cctrain.training.observations import Observer
@@ -91,7 +92,7 @@ def run_steps(
     num_steps, workers = config.training.steps - after, data_workers(config, mesh.device)
     with closing(prefetched(loader, order, config.data.global_batch, position, num_steps, workers)) as steps:
         for step in range(after + 1, config.training.steps + 1):
-            started = time.perf_counter()
+            started, waited_before = time.perf_counter(), seconds_waited()
             rank_step = next(steps)
             data_seconds = time.perf_counter() - started
             rate = learning_rate(step, config.training)
@@ -100,7 +101,7 @@ def run_steps(
             with checks:
                 result = train_step(engine, config, mesh, rank_step, step, requests)
             step_seconds = time.perf_counter() - started
-            seen = observer.observe(data_seconds)
+            seen = observer.observe(data_seconds, seconds_waited() - waited_before)
             result.values.update(learning_rate=rate, step_seconds=step_seconds, **seen)
             yield result
 

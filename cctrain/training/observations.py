@@ -1,10 +1,12 @@
 """What every rank sees of itself at a step, and one rank of each node of the node; put together for the journal.
 
-data_seconds         that the rank waited for data, which waited longest
-memory/bytes         of the rank with the most: what PyTorch has allocated on its GPU, or what is resident
-memory/peak_bytes    the same, at most so far
-system/node-0/…      cpu_percent of all its cores and network_bytes_per_second, sent and received, since the step
-                     before; memory_bytes that all its processes use
+data_seconds           that the rank waited for data, which waited longest
+communication_seconds  that the rank waited in collectives, which waited least: what none could avoid. On CPUs only
+imbalance_seconds      that another one waited longer there, for ranks that had more to do. On CPUs only
+memory/bytes           of the rank with the most: what PyTorch has allocated on its GPU, or what is resident
+memory/peak_bytes      the same, at most so far
+system/node-0/…        cpu_percent of all its cores and network_bytes_per_second, sent and received, since the step
+                       before; memory_bytes that all its processes use
 """
 
 import os
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from cctrain.parallel.mesh import gather_rows
 
-OF_RANK = ("data_seconds", "memory/bytes", "memory/peak_bytes")
+OF_RANK = ("data_seconds", "waited_seconds", "memory/bytes", "memory/peak_bytes")
 OF_NODE = ("cpu_percent", "memory_bytes", "network_bytes_per_second")
 
 
@@ -30,9 +32,9 @@ class Observer:
         psutil.cpu_percent()
         self._last = time.monotonic(), network_bytes()
 
-    def observe(self, data_seconds: float) -> dict[str, float]:
+    def observe(self, data_seconds: float, waited_seconds: float) -> dict[str, float]:
         """All ranks call this, and get the same."""
-        own = [data_seconds, *memory_of_rank(self._device)]
+        own = [data_seconds, waited_seconds, *memory_of_rank(self._device)]
         node = self._of_node() if self._is_first_of_node else [0.0] * len(OF_NODE)
         row = torch.tensor([[float(self._is_first_of_node), *own, *node]], dtype=torch.float64, device=self._device)
         return together(gather_rows(row))
@@ -45,10 +47,13 @@ class Observer:
 
 
 def together(rows: Tensor) -> dict[str, float]:
-    """Of all ranks' rows (ranks, 1 + 3 + 3) in rank order: whether it is the first rank of its node, its own, its
+    """Of all ranks' rows (ranks, 1 + 4 + 3) in rank order: whether it is the first rank of its node, its own, its
     node's."""
-    largest = rows[:, 1 : 1 + len(OF_RANK)].max(dim=0).values.tolist()
-    found = dict(zip(OF_RANK, largest, strict=True))
+    own = rows[:, 1 : 1 + len(OF_RANK)]
+    found = dict(zip(OF_RANK, own.max(dim=0).values.tolist(), strict=True))
+    longest, least = found.pop("waited_seconds"), float(own[:, OF_RANK.index("waited_seconds")].min())
+    if rows.device.type == "cpu":
+        found |= {"communication_seconds": least, "imbalance_seconds": longest - least}
     for number, node in enumerate(rows[rows[:, 0] > 0, 1 + len(OF_RANK) :].tolist()):
         found |= {f"system/node-{number}/{name}": value for name, value in zip(OF_NODE, node, strict=True)}
     return found

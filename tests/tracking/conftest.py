@@ -98,6 +98,8 @@ def _write_attempt(run_dir: Path, first: int, last: int, status: str | None, rat
             targets=9000 + step % 7,
             step_seconds=0.31 + 0.01 * math.sin(step),
             data_seconds=0.004,
+            communication_seconds=0.02,
+            imbalance_seconds=0.01,
             samples=f"{step:064x}",
             **{
                 "cost/n": n,

@@ -13,7 +13,17 @@ import pytest
 _EVERY_CHART = {
     *(f"train/{name}" for name in ("loss", "learning_rate", "grad_norm", "tokens", "targets", "contexts")),
     *(f"validation/{name}" for name in ("nll", "gene_mean_nll", "difference")),
-    *(f"speed/{name}" for name in ("step_seconds", "data_seconds", "checkpoint_seconds", "attempt")),
+    *(
+        f"speed/{name}"
+        for name in (
+            "step_seconds",
+            "data_seconds",
+            "communication_seconds",
+            "imbalance_seconds",
+            "checkpoint_seconds",
+            "attempt",
+        )
+    ),
     *(f"speed/{name}_per_second" for name in ("tokens", "contexts", "flops")),
     *(f"cost/{name}" for name in ("n", "M", "n_times_m", "attention_flops", "total_flops", "attention_share")),
 }

@@ -21,6 +21,7 @@ from cctrain.tracking.projection import LiveProjection, project, sync
 from cctrain.tracking.replay import batches
 
 MakeRun = Callable[..., Path]
+METRICS_OF_A_STEP = 19
 
 
 def _client(uri: str) -> Any:
@@ -68,7 +69,16 @@ def test_a_run_reads_back_as_it_was_written(make_run: MakeRun, database: str) ->
     assert abs(loss[0].timestamp - first) <= 1
     assert set(run.data.metrics) == {
         *(f"train/{key}" for key in ("loss", "learning_rate", "grad_norm", "tokens", "targets", "contexts")),
-        *(f"speed/{key}" for key in ("step_seconds", "data_seconds", "checkpoint_seconds")),
+        *(
+            f"speed/{key}"
+            for key in (
+                "step_seconds",
+                "data_seconds",
+                "communication_seconds",
+                "imbalance_seconds",
+                "checkpoint_seconds",
+            )
+        ),
         *(f"speed/{key}_per_second" for key in ("tokens", "contexts", "flops")),
         *(f"cost/{key}" for key in ("n", "M", "n_times_m", "attention_flops", "total_flops")),
         "cost/attention_share",
@@ -102,7 +112,7 @@ def test_a_second_replay_changes_nothing(make_run: MakeRun, database: str) -> No
     run_dir = make_run((1, 60, "finished"))
     first = project(run_dir, database, "cctrain")
     num_stored = _num_stored(database)
-    assert num_stored == 60 * 17 + 2 * 3 + 1
+    assert num_stored == 60 * METRICS_OF_A_STEP + 2 * 3 + 1
     assert project(run_dir, database, "cctrain") == first
     (run_dir / "mlflow.json").unlink()
     assert project(run_dir, database, "cctrain") == first
@@ -122,9 +132,9 @@ def test_a_second_replay_sends_no_step(make_run: MakeRun, database: str) -> None
 def test_a_batch_holds_at_most_a_thousand_metrics_and_never_part_of_a_step(make_run: MakeRun) -> None:
     lines = [line for line in read_journal(make_run((1, 150, None))) if line["event"] == "step"]
     found = list(batches(lines))
-    assert [len(metrics) for metrics, _ in found] == [986, 986, 578]
-    assert [num_lines for _, num_lines in found] == [58, 58, 34]
-    assert {metric.step for metric in found[0][0]} == set(range(1, 59))
+    assert [len(metrics) for metrics, _ in found] == [988, 988, 874]
+    assert [num_lines for _, num_lines in found] == [52, 52, 46]
+    assert {metric.step for metric in found[0][0]} == set(range(1, 53))
     assert list(batches([])) == []
 
 
@@ -316,11 +326,11 @@ def test_steps_arrive_while_the_run_goes_on_and_each_once(make_run: MakeRun, dat
     run_dir = make_run((1, 5, None))
     live = LiveProjection(run_dir, database, "cctrain", every=0.1)
     live.start()
-    _wait_for(lambda: (run_dir / "mlflow.json").is_file() and _num_stored(database) == 5 * 17)
+    _wait_for(lambda: (run_dir / "mlflow.json").is_file() and _num_stored(database) == 5 * METRICS_OF_A_STEP)
     journal = Journal(run_dir, attempt=1)
     for step in range(6, 9):
         journal.write("step", step, loss=1.0 / step, step_seconds=0.1, tokens=10)
-    _wait_for(lambda: _num_stored(database) == 5 * 17 + 3 * 4)
+    _wait_for(lambda: _num_stored(database) == 5 * METRICS_OF_A_STEP + 3 * 4)
     assert _only_run(database).info.status == "RUNNING"
     journal.write("step", 9, loss=1.0 / 9, step_seconds=0.1, tokens=10)
     journal.write("stop", 9, status="finished")
