@@ -23,6 +23,7 @@ from cctrain.model.tiles import TILE_TOKENS
 from cctrain.parallel.mesh import Mesh
 from cctrain.training.data import contexts_of_store
 from cctrain.training.engine import DTYPES
+from cctrain.words import duration
 
 log = logging.getLogger(__name__)
 
@@ -138,11 +139,3 @@ def matrix_product_rate(width: int, precision: str, device: torch.device) -> flo
     once = max(1e-6, seconds(3) / 3)
     repeats = max(3, int(0.05 / once))
     return repeats * 2 * 4096 * width * 4 * width / min(seconds(repeats) for _ in range(4))
-
-
-def duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if seconds < 100 * 60:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
