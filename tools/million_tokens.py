@@ -55,6 +55,7 @@ from cctrain.launch.local import free_port, rank_environment
 from cctrain.model.tiles import TILE_TOKENS
 from cctrain.model.transformer import Transformer
 from cctrain.parallel.mesh import join_mesh
+from cctrain.process_memory import resident
 from cctrain.training.checkpoint import save_checkpoint
 from cctrain.training.checkpoint_files import FragmentReader, latest_checkpoint, read_manifest
 from cctrain.training.data import training_rule
@@ -185,13 +186,6 @@ def matmul_rate(threads: int) -> float:
         a @ b
         seconds.append(time.perf_counter() - started)
     return 2 * MATMUL_SIZE**3 / min(seconds)
-
-
-def resident(field: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at most so far. Unlike getrusage's, this peak is not inherited from the
-    process that started this one."""
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
-    return int(line.split()[1]) * 1024
 
 
 def start_ranks(num_ranks: int, folder: Path, threads: int) -> dict[str, Any]:
