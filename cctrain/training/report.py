@@ -85,7 +85,7 @@ class Report:
 
 def plan(config: Config, mesh: Mesh, store: TokenStore, loader: Loader, rate: float) -> list[str]:
     """What is about to be trained, on what, with how much memory, and for how long at least; `rate` is in FLOP/s."""
-    contexts = contexts_of_store(loader.rule, store, loader)
+    contexts = contexts_of_store(loader)
     work = work_of(config, contexts, mesh.num_ranks, TILE_TOKENS[mesh.device.type])
     held, made = rank_memory(config, contexts.genes, work)
     samples, cells_each = loader.samples, store.num_train / loader.samples.num_train
