@@ -24,6 +24,7 @@ from cctrain.run_directory import open_run, write_vocabulary
 from cctrain.tracking.journal import Journal, read_journal
 from cctrain.training.data import resolve
 from cctrain.training.guards import read_outcome, write_outcome
+from tests.commands import cctrain
 from tests.data.conftest import gene_ids, write_10x, write_h5ad
 
 CELL_YAML = Path(__file__).parents[1] / "configs" / "cell.yaml"
@@ -114,8 +115,9 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     folder = tmp_path_factory.mktemp("lab")
     lab = Lab(folder, two_types())
     write_h5ad(folder / "cells.h5ad", lab.counts)
-    prepared = succeed(folder, "prepare", "cells.h5ad", "--out=mine", "--min-genes=5", "--min-cells=1", "--json")
-    assert json.loads(prepared.out)["num_cells"] == 36
+    options = ("--min-genes=5", "--min-cells=1", "--json")
+    prepared = cctrain("prepare", folder / "cells.h5ad", f"--out={folder / 'mine'}", *options)
+    assert json.loads(prepared.stdout)["num_cells"] == 36
     return lab
 
 
@@ -217,8 +219,7 @@ def test_a_run_leaves_a_journal_with_every_key_and_weights_that_load(trained):
 def test_evaluate_prints_one_json_object_and_mlflow_holds_the_run_with_all_its_steps(trained):
     from mlflow import MlflowClient
 
-    done = succeed(trained.folder, "evaluate", "runs/cell", "--json")
-    result = json.loads(done.out)
+    result = json.loads(cctrain("evaluate", trained.run, "--json").stdout)
     assert {row["name"] for row in result["rows"]} >= {"model", "gene mean (negative binomial)"}
     assert result["sentence"].startswith("On ")
 
@@ -236,7 +237,7 @@ def test_evaluate_prints_one_json_object_and_mlflow_holds_the_run_with_all_its_s
     assert {m.step for m in client.get_metric_history(run.info.run_id, "validation/difference")} == {0, 3, 6}
     assert json.loads((trained.run / "mlflow.json").read_text())["run_id"] == run.info.run_id
 
-    synced = json.loads(succeed(trained.folder, "sync", "runs/cell", "--json").out)
+    synced = json.loads(cctrain("sync", trained.run, "--json").stdout)
     assert synced["runs"][0]["run_id"] == run.info.run_id
     artifacts = {entry.path for entry in client.list_artifacts(run.info.run_id, "evaluation")}
     assert artifacts == {"evaluation/figure.png", "evaluation/metrics.json", "evaluation/table.md"}
@@ -246,9 +247,10 @@ def test_evaluate_prints_one_json_object_and_mlflow_holds_the_run_with_all_its_s
 @pytest.mark.slow
 @pytest.mark.representative
 def test_embed_writes_a_vector_for_every_cell_in_the_order_of_the_input(trained):
-    done = succeed(trained.folder, "embed", "runs/cell", "cells.h5ad", "--out=embedded.h5ad", "--json")
-    assert json.loads(done.out)["cells"] == 36
-    written = anndata.read_h5ad(trained.folder / "embedded.h5ad")
+    out = trained.folder / "embedded.h5ad"
+    done = cctrain("embed", trained.run, trained.folder / "cells.h5ad", f"--out={out}", "--json")
+    assert json.loads(done.stdout)["cells"] == 36
+    written = anndata.read_h5ad(out)
     given = anndata.read_h5ad(trained.folder / "cells.h5ad")
     assert written.obs_names.tolist() == given.obs_names.tolist()
     assert (written.X != given.X).nnz == 0
@@ -381,7 +383,7 @@ def test_a_refused_start_leaves_the_outcome_of_the_attempt_before(fail, train_ar
 def test_another_store_under_the_same_run_is_refused(fail, train_arguments, tmp_path):
     begun_run(tmp_path / "run", train_arguments)
     write_h5ad(tmp_path / "other.h5ad", two_types(seed=4))
-    succeed(tmp_path, "prepare", "other.h5ad", "--out=other", "--min-genes=5", "--min-cells=1")
+    cctrain("prepare", tmp_path / "other.h5ad", f"--out={tmp_path / 'other'}", "--min-genes=5", "--min-cells=1")
     assert "  data.digest: " in fail(2, *train_arguments, f"data.store={tmp_path / 'other'}")
 
 
@@ -455,9 +457,8 @@ def test_embedding_a_file_of_other_genes_says_what_both_look_like(fail, trained,
 
 
 def test_debug_shows_a_traceback_and_keeps_the_exit_code(tmp_path):
-    plain, debug = (process(tmp_path, "train", "no.yaml", *more) for more in ([], ["--debug"]))
-    assert (plain.code, debug.code) == (2, 2)
-    assert "Traceback" not in plain.err
-    assert "Traceback" in debug.err
-    assert "no configuration file" in plain.err
-    assert "no configuration file" in debug.err
+    plain, debug = (cctrain("train", tmp_path / "no.yaml", *more, code=2).stderr for more in ([], ["--debug"]))
+    assert "Traceback" not in plain
+    assert "Traceback" in debug
+    assert "no configuration file" in plain
+    assert "no configuration file" in debug

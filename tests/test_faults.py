@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ import pytest
 from cctrain.data.store.store import TokenStore
 from cctrain.tracking.journal import history, read_journal
 from cctrain.training.checkpoint_files import find_checkpoints, latest_checkpoint
+from tests.commands import cctrain
 from tests.trainer import Trainer, ended, rank_processes, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
@@ -295,8 +295,7 @@ def test_damaged_checkpoints_are_refused_and_the_one_before_them_is_used(trainer
     assert "resuming after step 4" in said
     assert events(run_dir, "start")[-1]["step"] == 4
     assert_same_end(run_dir, undisturbed)
-    verified = cctrain("inspect", str(run_dir), "--verify", code=0)
-    assert "every checkpoint verified" in verified
+    assert "every checkpoint verified" in cctrain("inspect", run_dir, "--verify").stdout
 
 
 @pytest.mark.representative
@@ -308,7 +307,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_or_gone_ends_with_4_and_does_no
     (run_dir / "checkpoints" / "step-00000004" / "rank-00000.safetensors").unlink()
     num_lines = len(events(run_dir, "step"))
 
-    said = cctrain("inspect", str(run_dir), "--verify", code=4)
+    said = cctrain("inspect", run_dir, "--verify", code=4).stderr
     assert "step-00000002 is damaged: rank-00000.safetensors is not what was written (SHA-256)" in said
     assert "step-00000004 is damaged: rank-00000.safetensors: No such file or directory" in said
     said = trainer.run(run_dir, 4)
@@ -324,15 +323,6 @@ def test_a_run_whose_checkpoints_are_all_damaged_or_gone_ends_with_4_and_does_no
     assert len(events(run_dir, "step")) == num_lines
 
 
-def cctrain(*arguments: str, code: int) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "cctrain", *arguments], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stderr if code else done.stdout
-
-
 # Run directories that are taken or cannot be written
 
 
@@ -346,7 +336,7 @@ def test_a_read_only_run_directory_ends_with_2_and_can_still_be_inspected(traine
         for folder, *ranks in ((frozen,), (frozen, "--ranks=2"), (tmp_path / "frozen" / "new",)):
             said = trainer.run(folder, 2, *ranks)
             assert f"{folder} cannot be written (Read-only file system): choose another run.dir=DIR" in said
-        assert f"run {frozen}, every checkpoint verified" in cctrain("inspect", str(frozen), "--verify", code=0)
+        assert f"run {frozen}, every checkpoint verified" in cctrain("inspect", frozen, "--verify").stdout
     assert (run_dir / "metrics.jsonl").read_bytes() == before
 
 

@@ -19,7 +19,6 @@ import anndata
 import numpy as np
 import pytest
 
-from cctrain.cli import app
 from cctrain.config import load_config
 from cctrain.data.prepare.quality import QualityControl
 from cctrain.model.saved import load_weights
@@ -27,6 +26,7 @@ from cctrain.tracking.journal import history, read_journal
 from cctrain.tracking.restarts import repeatable
 from cctrain.training.checkpoint_files import find_checkpoints, latest_checkpoint, read_weights, run_weights, step_of
 from cctrain.training.guards import read_outcome
+from tests.commands import cctrain
 from tests.data.conftest import prepared, write_h5ad
 from tests.trainer import Trainer, rank_processes, wait_until
 from tests.training.conftest import unequal_counts
@@ -404,45 +404,34 @@ def test_a_run_of_two_ranks_goes_on_with_one_and_at_another_stage(trainer, distu
 
 
 @pytest.mark.representative
-def test_a_run_that_has_only_a_checkpoint_is_evaluated_and_embeds(requeued, trainer, tmp_path, capfd, caplog):
+def test_a_run_that_has_only_a_checkpoint_is_evaluated_and_embeds(requeued, trainer, tmp_path, caplog):
     assert not (requeued / "weights.safetensors").exists()
     shutil.copytree(requeued, tmp_path / "run")
-    result = json.loads(command(capfd, "evaluate", tmp_path / "run", "--json"))
+    result = json.loads(cctrain("evaluate", tmp_path / "run", "--json").stdout)
     assert {row["name"] for row in result["rows"]} >= {"model"}
     out = tmp_path / "out.h5ad"
-    command(capfd, "embed", tmp_path / "run", trainer.folder / "cells.h5ad", f"--out={out}", "--json")
+    cctrain("embed", tmp_path / "run", trainer.folder / "cells.h5ad", f"--out={out}", "--json")
     assert f"has not ended: taking the weights of {latest_checkpoint(requeued).name}" in caplog.text
     assert np.isfinite(anndata.read_h5ad(out).obsm["X_cctrain"]).all()
 
 
-def command(capfd: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    """What a command says on standard output."""
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        app([str(argument) for argument in arguments])
-    shown = capfd.readouterr()
-    assert ended.value.code == 0, shown.err
-    return shown.out
-
-
 @pytest.mark.representative
-def test_inspect_tells_how_each_attempt_ended_and_verifies_all_checkpoints(disturbed, capfd):
+def test_inspect_tells_how_each_attempt_ended_and_verifies_all_checkpoints(disturbed):
     run_dir, _ = disturbed
-    shown = command(capfd, "inspect", run_dir, "--verify", "--json")
-    facts = json.loads(shown)
+    facts = json.loads(cctrain("inspect", run_dir, "--verify", "--json").stdout)
     assert facts["verified"]
     assert (facts["last_step"], facts["steps"], facts["outcome"]) == (STEPS, STEPS, "finished")
     assert [entry["status"] for entry in facts["attempts"]] == [
         *("killed, or still training", "requeue", "requeue", "stopped", "stopped", "finished")
     ]
     assert [entry["step"] for entry in facts["checkpoints"]] == [step_of(path) for path in find_checkpoints(run_dir)]
-    shown = command(capfd, "inspect", run_dir)
+    shown = cctrain("inspect", run_dir).stdout
     assert "attempt 1   from step 0 to" in shown
     assert "requeue (time_limit)" in shown
     assert f"step {STEPS}, " in shown.split("checkpoint ")[-1]
 
     checkpoint = latest_checkpoint(run_dir)
-    facts = json.loads(command(capfd, "inspect", checkpoint, "--verify", "--json"))
+    facts = json.loads(cctrain("inspect", checkpoint, "--verify", "--json").stdout)
     whole = sum(tensor.numel() for name, tensor in run_weights(run_dir).items() if not name.startswith("log_"))
     assert (facts["step"], facts["parameters"], facts["num_ranks"]) == (STEPS, whole, 1)
 

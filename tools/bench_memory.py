@@ -28,7 +28,7 @@ import torch
 
 from cctrain.config import MemoryConfig, ModelConfig
 from cctrain.model.transformer import Inputs, Transformer
-from cctrain.training.observations import resident
+from cctrain.process_memory import resident
 from tools.record import add_out, circumstances, keep
 
 NUM_GENES, TILE = 1000, 4096
@@ -137,14 +137,14 @@ def reset_peak(device: str) -> int:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    return int(resident("VmHWM"))
+    return resident("VmHWM")
 
 
 def peak_bytes(device: str) -> int:
     if device == "cuda":
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
-    return int(resident("VmHWM"))
+    return resident("VmHWM")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ memory within 15 %.
 import argparse
 import os
 import random
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -27,6 +26,7 @@ import psutil
 from cctrain.apply.estimate import estimate_configuration
 from cctrain.tracking.journal import history, read_journal
 from tools.peak_memory import watch
+from tools.public_data import whole_cells
 from tools.record import add_out, circumstances, keep
 
 SECONDS, FEWEST_STEPS, MOST_STEPS, STEPS_FOR_MEMORY = 40, 12, 400, 4
@@ -44,7 +44,7 @@ def main() -> None:
     arguments = parser.parse_args()
     seed = random.SystemRandom().randrange(10**6) if arguments.seed is None else arguments.seed
     print(f"seed {seed}")
-    store, draws = retina_store(arguments.work), random.Random(seed)
+    store, draws = whole_cells("retina", arguments.work), random.Random(seed)
     rows: list[dict[str, Any]] = []
     for number in range(arguments.configurations):
         rows.append(compare(draw(draws), store, arguments.work))
@@ -54,19 +54,6 @@ def main() -> None:
     inside = len(rows) - len(failed)
     print(f"{inside} of {len(rows)} within {TIME_TOLERANCE:.0%} of time and {MEMORY_TOLERANCE:.0%} of memory")
     raise SystemExit(1 if failed else 0)
-
-
-def retina_store(work: Path) -> Path:
-    source, store = work / "retina" / "retina.h5ad", work / "retina-store"
-    if not source.is_file():
-        run(["fetch", "retina", "--out", source.parent])
-    if not (store / "manifest.json").is_file():
-        run(["prepare", source, "--out", store])
-    return store
-
-
-def run(command: list[Any]) -> None:
-    subprocess.run([sys.executable, "-m", "cctrain", *map(str, command)], check=True)
 
 
 def draw(draws: random.Random) -> dict[str, Any]:

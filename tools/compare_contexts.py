@@ -14,8 +14,6 @@ over cells, and the correlation within a gene. Ten minutes a model on two cores.
 """
 
 import argparse
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from cctrain.apply.predict import load_model, predict_targets
 from cctrain.data.store.store import open_store
 from cctrain.run_directory import open_run
 from cctrain.tracking.journal import history, read_journal
+from tools.public_data import cctrain, fetched, prepared
 from tools.record import add_out, circumstances, keep
 
 CONFIG = "configs/quickstart.yaml"
@@ -70,22 +69,17 @@ def main() -> None:
 
 def pooled_store(work: Path) -> Path:
     """The nuclei in random pools; made if it is missing."""
-    source, pooled, store = work / "retina" / "retina.h5ad", work / "retina-pooled.h5ad", work / "retina-pooled"
-    if not source.is_file():
-        cctrain("fetch", "retina", "--out", source.parent)
-    if not (store / "manifest.json").is_file():
-        cells = anndata.read_h5ad(source)
+
+    def source() -> Path:
+        pooled, cells = work / "retina-pooled.h5ad", anndata.read_h5ad(fetched("retina", work))
         places = np.random.default_rng(0).permutation(cells.n_obs)
         cells.obs[POOL_COLUMN] = [f"pool-{place // POOL:02d}" for place in places]
         cells.write_h5ad(pooled)
-        held_out = [word for name in HELD_OUT for word in ("--hold-out", name)]
-        groups = ["--group-by", POOL_COLUMN, "--split-by", POOL_COLUMN, *held_out]
-        cctrain("prepare", pooled, "--out", store, *groups)
-    return store
+        return pooled
 
-
-def cctrain(*words: Any) -> None:
-    subprocess.run([sys.executable, "-m", "cctrain", *map(str, words)], check=True)
+    held_out = [word for name in HELD_OUT for word in ("--hold-out", name)]
+    groups = ["--group-by", POOL_COLUMN, "--split-by", POOL_COLUMN, *held_out]
+    return prepared(work / "retina-pooled", source, *groups)
 
 
 def train(run: Path, store: Path, window: int | None, seed: int, arguments: argparse.Namespace) -> None:

@@ -55,12 +55,14 @@ from cctrain.launch.local import free_port, rank_environment
 from cctrain.model.tiles import TILE_TOKENS
 from cctrain.model.transformer import Transformer
 from cctrain.parallel.mesh import join_mesh
+from cctrain.process_memory import resident
 from cctrain.training.checkpoint import save_checkpoint
 from cctrain.training.checkpoint_files import FragmentReader, latest_checkpoint, read_manifest
 from cctrain.training.data import training_rule
 from cctrain.training.engine import build_engine
 from cctrain.training.loop import train_step
 from cctrain.training.train import build_model
+from tools.public_data import whole_cells
 from tools.record import add_out, circumstances, keep
 
 GRADIENT_BOUND, LOSS_BOUND, MEMORY_BOUND = 1e-5, 1e-5, 20 * 2**30
@@ -100,7 +102,7 @@ def main() -> None:
 
 
 def run_all(arguments: argparse.Namespace) -> dict[str, Any]:
-    store = open_store(retina_store(arguments.work))
+    store = open_store(whole_cells("retina", arguments.work))
     config = configuration(arguments, store, num_ranks=1)
     context = one_context(store, training_rule(config, store), arguments.tokens)
     parameters = num_parameters(config.model, len(store.genes.ids))
@@ -124,15 +126,6 @@ def run_all(arguments: argparse.Namespace) -> dict[str, Any]:
         runs = [start_ranks(num, run, arguments.threads) for num, run in zip(arguments.ranks, folders, strict=True)]
         comparisons = [compare(run, runs[0], path, folders[0]) for run, path in zip(runs[1:], folders[1:], strict=True)]
     return result | {"runs": runs, "comparisons": comparisons, "failures": failures(runs, comparisons)}
-
-
-def retina_store(work: Path) -> Path:
-    """The token store, made if it is missing."""
-    store, source = work / "retina-store", work / "retina"
-    if not (store / "manifest.json").is_file():
-        for command in (["fetch", "retina", "--out", source], ["prepare", source / "retina.h5ad", "--out", store]):
-            subprocess.run([sys.executable, "-m", "cctrain", *map(str, command)], check=True)
-    return store
 
 
 def configuration(arguments: argparse.Namespace, store: TokenStore, num_ranks: int) -> Config:
@@ -195,13 +188,6 @@ def matmul_rate(threads: int) -> float:
     return 2 * MATMUL_SIZE**3 / min(seconds)
 
 
-def resident(field: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at most so far. Unlike getrusage's, this peak is not inherited from the
-    process that started this one."""
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
-    return int(line.split()[1]) * 1024
-
-
 def start_ranks(num_ranks: int, folder: Path, threads: int) -> dict[str, Any]:
     """One step in `num_ranks` new processes, which leave their checkpoint in `folder`. All end if one fails."""
     folder.mkdir()
@@ -235,7 +221,7 @@ def start_ranks(num_ranks: int, folder: Path, threads: int) -> dict[str, Any]:
 def run_rank(arguments: argparse.Namespace) -> None:
     num_ranks = int(os.environ["WORLD_SIZE"])
     with join_mesh(PATIENCE, num_ranks) as mesh:
-        store = open_store(retina_store(arguments.work))
+        store = open_store(whole_cells("retina", arguments.work))
         config = configuration(arguments, store, num_ranks)
         context = one_context(store, training_rule(config, store), arguments.tokens)
         first, last = (len(context.genes) * rank // num_ranks for rank in (mesh.context_rank, mesh.context_rank + 1))

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import psutil
 
+from cctrain.process_memory import resident
+
 SECONDS_BETWEEN_SAMPLES, SECONDS_BETWEEN_LINES = 0.1, 30.0
 SHARE_OF_TIME = 0.02  # for what is mapped, whose list can be long
 GIB = 2**30
@@ -20,7 +22,7 @@ def watch(process: psutil.Popen, files: Path | None = None) -> tuple[dict[int, i
     look_again = started
     try:
         while process.poll() is None:
-            held = {child.pid: anonymous_bytes(child.pid) for child in [process, *process.children(recursive=True)]}
+            held = {child.pid: resident("RssAnon", child.pid) for child in [process, *process.children(recursive=True)]}
             peaks = {pid: max(peaks.get(pid, 0), held.get(pid, 0)) for pid in peaks | held}
             if files and (looking := time.monotonic()) >= look_again:
                 on_disk = sum(mapped_bytes(pid, files) for pid in held)
@@ -36,15 +38,6 @@ def watch(process: psutil.Popen, files: Path | None = None) -> tuple[dict[int, i
             process.terminate()
             process.wait()
     return peaks, most
-
-
-def anonymous_bytes(pid: int) -> int:
-    """Resident memory that no file can take back; 0 for a process that has ended."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
 def mapped_bytes(pid: int, folder: Path) -> int:

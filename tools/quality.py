@@ -23,11 +23,12 @@ from typing import Any
 from cctrain.data.fetch import DATASETS
 from cctrain.run_directory import WEIGHTS
 from cctrain.tracking.journal import history, read_journal
+from cctrain.words import duration
 from tools.quality_data import Dataset, costs, measured_seconds, open_dataset
 from tools.quality_figure import draw
 from tools.quality_judge import baselines, judge
 from tools.quality_plan import Training, plan, predicted_seconds, warmup_steps
-from tools.quality_report import in_words, plan_text, report_text
+from tools.quality_report import plan_text, report_text
 from tools.record import circumstances, keep
 
 SECONDS_AROUND = 12.0  # what a training and its judging take beside steps and forwards, on two idle cores
@@ -151,8 +152,8 @@ def follow(
         keep(result, file)
         took, foreseen, to_go = took + seconds, foreseen + expected[training], to_go - expected[training]
         print(
-            f"{training.title}: NLL {rows[-1]['nll']:.4f} after {in_words(seconds)}; {len(result['rows']):,} rows, "
-            f"about {in_words(to_go * took / foreseen)} to go",
+            f"{training.title}: NLL {rows[-1]['nll']:.4f} after {duration(seconds)}; {len(result['rows']):,} rows, "
+            f"about {duration(to_go * took / foreseen)} to go",
             file=sys.stderr,
             flush=True,
         )

@@ -1,7 +1,5 @@
 """The data sets of the comparison: fetched, prepared, opened, and what is known of each before anything is trained."""
 
-import subprocess
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +8,8 @@ import numpy as np
 
 from cctrain.config import load_config
 from cctrain.cost.parameters import num_parameters
-from cctrain.data.fetch import DATASETS
 from cctrain.data.store.store import open_store
+from tools.public_data import whole_cells
 from tools.quality_cost import Epoch, epoch_of, flops_of_a_step, seconds_a_flop
 from tools.quality_judge import LABEL, HeldOut, digest, hold_out
 from tools.quality_plan import REFERENCE, Cost, Variant, variants_of
@@ -37,12 +35,7 @@ class Dataset:
 
 def open_dataset(name: str, steps: int, work: Path, config_file: Path) -> Dataset:
     """`steps` are the reference's; the store is made in `work`, if it is not there."""
-    source, path = work / name, work / f"{name}-store"
-    if not source.exists():
-        cctrain("fetch", name, "--out", source)
-    if not (path / "manifest.json").is_file():
-        cctrain("prepare", source / DATASETS[name].to_prepare, "--out", path)
-    held_out = hold_out(open_store(path), config_file)
+    held_out = hold_out(open_store(whole_cells(name, work)), config_file)
     store, base = held_out.store, held_out.config
     longest = int(store.num_tokens.max())
     variants = variants_of(base.model, store.num_genes, longest)
@@ -75,10 +68,6 @@ def open_dataset(name: str, steps: int, work: Path, config_file: Path) -> Datase
         },
     }
     return Dataset(name, held_out, config_file, variants, facts)
-
-
-def cctrain(*words: Any) -> None:
-    subprocess.run([sys.executable, "-m", "cctrain", *map(str, words)], check=True)
 
 
 def measured_seconds(dataset: Dataset) -> dict[str, float]:

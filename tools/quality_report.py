@@ -10,6 +10,7 @@ from typing import Any
 
 from scipy.stats import t as student
 
+from cctrain.words import duration
 from tools.quality_plan import BUDGETS, DENSE, FLOPS_OF_DENSE, REFERENCE, STEPS, Training
 
 Row = dict[str, Any]
@@ -88,7 +89,7 @@ def report_text(result: dict[str, Any], figure: str) -> str:
     parts = [
         "# Quality against cost",
         f"{len({row['run'] for row in result['rows']})} trainings (seed {', '.join(map(str, seeds))}), in "
-        f"{in_words(result['seconds'])} of measuring, training and judging on {result['machine']['cores']} cores.",
+        f"{duration(result['seconds'])} of measuring, training and judging on {result['machine']['cores']} cores.",
         where_worse(comparisons),
         f"![held-out NLL against training FLOPs and seconds]({figure})",
     ]
@@ -233,15 +234,7 @@ def plan_text(trainings: list[Training], seconds: list[float]) -> str:
         totals.setdefault(key, []).append(one)
     lines = [f"{'data set':<10} {'model':<32} {'equal':<20} {'steps':>7} {'seeds':>5}  time"]
     lines += [
-        f"{dataset:<10} {model:<32} {equal:<20} {steps:>7,} {len(times):>5}  {in_words(sum(times))}"
+        f"{dataset:<10} {model:<32} {equal:<20} {steps:>7,} {len(times):>5}  {duration(sum(times))}"
         for (dataset, model, equal, steps), times in totals.items()
     ]
-    return "\n".join([*lines, f"{len(trainings)} trainings, about {in_words(sum(seconds))}"])
-
-
-def in_words(seconds: float) -> str:
-    """1 h 05 min, 3 min, 20 s."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
+    return "\n".join([*lines, f"{len(trainings)} trainings, about {duration(sum(seconds))}"])

@@ -17,7 +17,6 @@ A step is 2.6e14 FLOPs, half an hour at 200 GFLOP/s. With --cells, a few nuclei 
 import argparse
 import math
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -33,6 +32,7 @@ from cctrain.data.store.store import TokenStore, open_store
 from cctrain.tracking.journal import history, read_journal
 from cctrain.training.data import training_rule
 from tools.peak_memory import watch
+from tools.public_data import fetched, prepared
 from tools.record import add_out, circumstances, keep
 
 CONFIG = "configs/tissue.yaml"
@@ -59,20 +59,17 @@ def main() -> None:
 
 def whole_store(work: Path, num_cells: int | None) -> TokenStore:
     """The nuclei as one group; made if it is missing."""
-    source = work / "retina" / "retina.h5ad"
+
+    def source() -> Path:
+        retina = fetched("retina", work)
+        if num_cells is None:
+            return retina
+        part = work / f"retina-{num_cells}.h5ad"
+        anndata.read_h5ad(retina)[:num_cells].write_h5ad(part)
+        return part
+
     store = work / ("retina-whole" if num_cells is None else f"retina-whole-{num_cells}")
-    if not source.is_file():
-        run(["fetch", "retina", "--out", source.parent])
-    if not (store / "manifest.json").is_file():
-        if num_cells is not None:
-            source = work / f"retina-{num_cells}.h5ad"
-            anndata.read_h5ad(work / "retina" / "retina.h5ad")[:num_cells].write_h5ad(source)
-        run(["prepare", source, "--out", store, "--group-by", GROUP])
-    return open_store(store)
-
-
-def run(command: list[Any]) -> None:
-    subprocess.run([sys.executable, "-m", "cctrain", *map(str, command)], check=True)
+    return open_store(prepared(store, source, "--group-by", GROUP))
 
 
 def one_step(store: TokenStore, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What this machine reaches in the parts of a training step, for `cctrain estimate`: about ten seconds.
+"""What this machine reaches in the parts of a training step, for `cctrain estimate`: about 15 seconds.
 
 The ranks that the training would have run side by side, as in training, where they share caches, memory and cores. Each
 part is run forward and backward, in the shapes that the model gives it; medians of several rounds, in which the parts

@@ -33,6 +33,7 @@ from cctrain.data.loading.batches import Batch
 from cctrain.data.loading.loader import RankStep
 from cctrain.data.store.store import GeneTable
 from cctrain.parallel.mesh import Mesh, join_mesh
+from cctrain.process_memory import resident
 from cctrain.training.engine import build_engine
 from cctrain.training.loop import train_step
 from cctrain.training.train import build_model
@@ -159,11 +160,11 @@ def most_memory(device: torch.device) -> Iterator[list[float]]:
         found.append(float(torch.cuda.max_memory_allocated(device)))
         return
     give_memory_back_at_once()
-    seen, ended = [anonymous_bytes()], threading.Event()
+    seen, ended = [resident("RssAnon")], threading.Event()
 
     def look() -> None:
         while not ended.wait(SECONDS_BETWEEN_LOOKS):
-            seen.append(anonymous_bytes())
+            seen.append(resident("RssAnon"))
 
     looking = threading.Thread(target=look, daemon=True)
     looking.start()
@@ -172,7 +173,7 @@ def most_memory(device: torch.device) -> Iterator[list[float]]:
     finally:
         ended.set()
         looking.join()
-    found.append(max(seen))
+    found.append(float(max(seen)))
 
 
 def give_memory_back_at_once() -> None:
@@ -181,11 +182,6 @@ def give_memory_back_at_once() -> None:
         libc.mallopt(M_MMAP_THRESHOLD, AT_ONCE)
         libc.mallopt(M_TRIM_THRESHOLD, AT_ONCE)
         libc.malloc_trim(0)
-
-
-def anonymous_bytes() -> float:
-    """Of this process: resident memory that no file can take back."""
-    return 1024.0 * int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
 
 
 if __name__ == "__main__":

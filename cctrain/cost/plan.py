@@ -18,6 +18,7 @@ from cctrain.cost.memory import peak, rank_memory
 from cctrain.cost.step_time import collectives, seconds_of, step_seconds
 from cctrain.cost.traffic import Collective, ring_of_a_layer, ulysses_of_a_layer
 from cctrain.cost.work import Load, Work
+from cctrain.words import duration
 
 TOKENS_OF_A_STEP = 100_000_000
 LENGTHS, GPUS = (100_000, 1_000_000, 10_000_000, 100_000_000), (8, 64, 512, 4096)
@@ -116,13 +117,6 @@ def table(found: Iterator[Row]) -> str:
         sent = f"{one.sent / 1e9:,.0f} GB"
         lines.append(f"{where} {one.context_ranks:,} | {duration(one.seconds)} | {sent} | {one.efficiency:.0%} |")
     return "\n".join(lines)
-
-
-def duration(seconds: float) -> str:
-    for unit, length in (("days", 86_400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:,.1f} {unit}"
-    return f"{seconds:,.2f} s"
 
 
 if __name__ == "__main__":

@@ -53,7 +53,8 @@ def resolve_micro_batch(config: Config, loader: Loader) -> int:
     return micro_batch
 
 
-def contexts_of_store(rule: ContextRule, store: TokenStore, loader: Loader) -> Contexts:
+def contexts_of_store(loader: Loader) -> Contexts:
+    store, rule = loader.store, loader.rule
     measured = (store.measured * rule.target_probability).sum(axis=1)[store.source_of_cell[: store.num_train]]
     visible = np.minimum(store.num_tokens[: store.num_train], rule.max_tokens)
     cells_each = store.num_train / loader.samples.num_train
@@ -64,10 +65,9 @@ def contexts_of_store(rule: ContextRule, store: TokenStore, loader: Loader) -> C
 def look_at_store(config: Config, store: TokenStore) -> tuple[Config, Contexts]:
     """The configuration with the defaults that its store decides, and what its contexts are like."""
     config = resolve(config, store)
-    rule = training_rule(config, store)
-    loader = Loader(store, rule, Share(0, 1, 0, config.parallel.context), 0)
+    loader = Loader(store, training_rule(config, store), Share(0, 1, 0, config.parallel.context), 0)
     config.data.micro_batch_tokens = resolve_micro_batch(config, loader)
-    return config, contexts_of_store(rule, store, loader)
+    return config, contexts_of_store(loader)
 
 
 def share_of(mesh: Mesh) -> Share:

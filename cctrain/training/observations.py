@@ -11,13 +11,13 @@ system/node-0/…        cpu_percent of all its cores and network_bytes_per_seco
 
 import os
 import time
-from pathlib import Path
 
 import psutil
 import torch
 from torch import Tensor
 
 from cctrain.parallel.mesh import gather_rows
+from cctrain.process_memory import resident
 
 OF_RANK = ("data_seconds", "waited_seconds", "memory/bytes", "memory/peak_bytes")
 OF_NODE = ("cpu_percent", "memory_bytes", "network_bytes_per_second")
@@ -64,13 +64,6 @@ def memory_of_rank(device: torch.device) -> tuple[float, float]:
     if device.type == "cuda":
         return float(torch.cuda.memory_allocated(device)), float(torch.cuda.max_memory_allocated(device))
     return resident("VmRSS"), resident("VmHWM")
-
-
-def resident(which: str) -> float:
-    """Bytes of this process: VmRSS now, VmHWM at most so far. What `getrusage` says would begin with the peak of the
-    process that started this one."""
-    status = Path("/proc/self/status").read_text()
-    return 1024.0 * int(status.split(f"{which}:")[1].split()[0])
 
 
 def network_bytes() -> int:

@@ -23,6 +23,7 @@ from cctrain.model.tiles import TILE_TOKENS
 from cctrain.parallel.mesh import Mesh
 from cctrain.training.data import contexts_of_store
 from cctrain.training.engine import DTYPES
+from cctrain.words import duration
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ class Report:
 
 def plan(config: Config, mesh: Mesh, store: TokenStore, loader: Loader, rate: float) -> list[str]:
     """What is about to be trained, on what, with how much memory, and for how long at least; `rate` is in FLOP/s."""
-    contexts = contexts_of_store(loader.rule, store, loader)
+    contexts = contexts_of_store(loader)
     work = work_of(config, contexts, mesh.num_ranks, TILE_TOKENS[mesh.device.type])
     held, made = rank_memory(config, contexts.genes, work)
     samples, cells_each = loader.samples, store.num_train / loader.samples.num_train
@@ -138,11 +139,3 @@ def matrix_product_rate(width: int, precision: str, device: torch.device) -> flo
     once = max(1e-6, seconds(3) / 3)
     repeats = max(3, int(0.05 / once))
     return repeats * 2 * 4096 * width * 4 * width / min(seconds(repeats) for _ in range(4))
-
-
-def duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if seconds < 100 * 60:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

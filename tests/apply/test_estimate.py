@@ -5,14 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
-from cctrain.cli import app
 from cctrain.config import load_config
 from cctrain.cost.parameters import num_parameters
 from cctrain.data.loading.loader import Loader, Share
 from cctrain.data.store.store import TokenStore
 from cctrain.training.data import look_at_store, training_order, training_rule
+from tests.commands import cctrain
 
 CONFIG = """
 model: {width: 16, depth: 1, heads: 2, latents: 4}
@@ -28,9 +27,8 @@ def config(tmp_path: Path) -> Path:
 
 
 def estimated(config: Path, *words: str, code: int = 0) -> str:
-    done = CliRunner().invoke(app, ["estimate", str(config), *words])
-    assert done.exit_code == code, done.output
-    return done.output if code else done.stdout
+    done = cctrain("estimate", config, *words, code=code)
+    return done.stderr if code else done.stdout
 
 
 def test_a_store_says_how_long_its_contexts_are(config: Path, tiny_store: TokenStore):

@@ -1,7 +1,6 @@
 """What a training resolves before it starts, and how it ends when something goes wrong."""
 
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from cctrain.tracking.journal import read_journal
 from cctrain.training.checkpoint_files import latest_checkpoint, read_manifest
 from cctrain.training.data import resolve, resolve_micro_batch, training_rule
 from cctrain.training.guards import read_outcome
-from tests.trainer import Trainer, rank_processes, wait_until
+from tests.trainer import Trainer
 
 
 def steps(run_dir: Path) -> list[dict]:
@@ -74,24 +73,3 @@ def test_a_training_that_diverges_fails_with_the_step_in_the_journal(start, tmp_
     # What the held-out cells say of such weights is no number, and they are nobody's best.
     assert not np.isfinite([line["nll"] for line in read_journal(tmp_path / "run") if line["event"] == "evaluate"][-1])
     assert read_manifest(latest_checkpoint(tmp_path / "run"))["held_out_nll"] is None
-
-
-@pytest.fixture
-def endless(start: Callable[..., subprocess.Popen], tmp_path: Path) -> subprocess.Popen:
-    """Two ranks, well into their training."""
-    launcher = start("training.steps=1000000", "--ranks=2")
-    wait_until(lambda: len(steps(tmp_path / "run")) >= 3, launcher)
-    return launcher
-
-
-@pytest.mark.slow
-@pytest.mark.processes
-def test_a_rank_that_is_killed_ends_the_training_within_seconds(endless):
-    ranks = rank_processes(endless)
-    assert ranks.keys() == {0, 1}
-    ranks[1].kill()
-    started = time.monotonic()
-    assert endless.wait(60) == 5
-    assert time.monotonic() - started < 30
-    assert "rank 1 ended with signal SIGKILL" in endless.stderr.read()
-    assert not any(rank.is_running() for rank in ranks.values())

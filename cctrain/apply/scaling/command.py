@@ -33,6 +33,7 @@ from cctrain.parallel.mesh import find_device_kind
 from cctrain.run_directory import CONFIG, write_atomically
 from cctrain.run_lock import hold_run
 from cctrain.tracking.address import check_configured_uri, default_uri, strip_credentials
+from cctrain.words import duration
 
 log = logging.getLogger(__name__)
 
@@ -210,7 +211,7 @@ def _forecast(folder: Path, plan: Plan, rows: dict[str, Row]) -> tuple[dict[str,
             f"{row['predicted_seconds']:>9,.0f} {row['predicted_bytes'] / MIB:>9,.0f}{note}"
         )
     missing = sum(row["missing"] for row in found)
-    lines.append(f"{missing} of {len(found)} points to measure in {folder}, about {seconds / 60:,.0f} min in all")
+    lines.append(f"{missing} of {len(found)} points to measure in {folder}, about {duration(seconds)} in all")
     return {"out": str(folder), "points": found, "predicted_seconds": seconds}, "\n".join(lines)
 
 

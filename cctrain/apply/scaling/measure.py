@@ -19,7 +19,7 @@ from cctrain.config import ModelConfig
 from cctrain.cost.parameters import num_parameters
 from cctrain.cost.step import step_cost
 from cctrain.parallel.mesh import Mesh
-from cctrain.training.observations import resident
+from cctrain.process_memory import resident
 
 MOST_REPEATS, SECONDS_OF_REPEATS = 9, 20.0
 

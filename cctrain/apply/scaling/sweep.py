@@ -26,6 +26,7 @@ from cctrain.apply.scaling.predict import (
 from cctrain.apply.scaling.processes import LEFT_OUT, in_new_processes
 from cctrain.apply.scaling.work import Setting
 from cctrain.code_version import code_commit
+from cctrain.words import duration
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ def _predicted(row: Row, rows: dict[str, Row], plan: Plan) -> float:
 
 
 def _rest(plan: Plan, rows: dict[str, Row]) -> str:
-    return f"{seconds_to_go(forecast(plan, rows), plan.budget) / 60:,.0f} min to go"
+    return f"{duration(seconds_to_go(forecast(plan, rows), plan.budget))} to go"
 
 
 def seconds_to_go(found: list[Row], budget: float) -> float:

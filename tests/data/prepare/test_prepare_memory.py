@@ -10,6 +10,7 @@ import numpy as np
 import psutil
 import pytest
 
+from cctrain.process_memory import resident
 from tests.data.conftest import write_h5ad
 
 # Parts of a size that the input has many of. Workers import this script as well, and so do the same.
@@ -45,19 +46,11 @@ def peak_memory(folder: Path, source: Path) -> int:
     peaks: dict[int, int] = {}
     while process.poll() is None:
         for pid in [process.pid, *(child.pid for child in process.children(recursive=True))]:
-            peaks[pid] = max(peaks.get(pid, 0), high_water(pid))
+            peaks[pid] = max(peaks.get(pid, 0), resident("VmHWM", pid))
         time.sleep(0.02)
     assert process.returncode == 0
     assert len(peaks) >= 3
     return sum(peaks.values())
-
-
-def high_water(pid: int) -> int:
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
 
 
 @pytest.mark.slow
