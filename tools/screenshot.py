@@ -1,190 +1,125 @@
-"""Photograph the chart page of a run as a person sees it: python -m tools.screenshot RUN OUT.png
+"""Photograph MLflow's pages as a person sees them.
 
-Serves the run through `cctrain.tracking.ui`, opens its page in headless Chromium, waits until every chart is
-drawn, writes the picture and prints one JSON object: the address, the metrics of the charts, the page's text.
-Exit code 3 if there is no Chromium (Debian: apt-get install chromium), 1 if the charts do not appear.
+    python -m tools.screenshot charts RUN OUT.png [--only 'train/|cost/']
+    python -m tools.screenshot compare RUN RUN OUT.png
+    python -m tools.screenshot sweep FOLDER OUT.png
 
-Chromium is driven over a pipe by the DevTools protocol, so nothing needs to be installed for Python, no port
-is opened, and the page is waited for instead of a number of seconds.
+Serves what is tracked, opens its page in headless Chromium, waits until what it shows is there, writes the picture and
+prints one JSON object that says what was seen. Exit code 3 if there is no Chromium (Debian: apt-get install chromium),
+1 if it is not seen in time.
 """
 
 import argparse
-import base64
-import itertools
+import io
 import json
-import os
-import shutil
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cctrain.tracking.ui import find_page, running_server
+from PIL import Image
+from playwright.sync_api import Page as BrowserPage
+from playwright.sync_api import TimeoutError as NotSeenError
 
-CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
-NO_CHROMIUM = 3
-_FLAGS = [
-    "--headless=new",
-    "--no-sandbox",  # there is none for root, as in a container
-    "--disable-gpu",
-    "--disable-dev-shm-usage",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-extensions",
-    "--hide-scrollbars",
-    "--remote-debugging-pipe",
-]
+from cctrain.tracking.ui import Page, find_page, run_page, running_server
+from tools.browser import NO_CHROMIUM, ChromiumMissingError, open_page
+from tools.mlflow_pages import (
+    child_runs,
+    comparison_address,
+    search_charts,
+    wait_for_charts,
+    wait_for_comparison,
+    wait_for_figure,
+)
 
-Call = Callable[..., Any]
-
-# Before the page's own scripts: what opens by itself on a first visit stays closed, and the buttons over a
-# chart, which a mouse brings up, stay hidden.
-_PREPARE = """
-localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true');
-localStorage.setItem('mlflow.assistant.panelOpen_v1', 'false');
-document.addEventListener('DOMContentLoaded', () => {
-  const style = document.createElement('style');
-  style.textContent = '.modebar-container { display: none !important; }';
-  document.head.append(style);
-});
-"""
-
-# A chart of the page is a plotly graph; the legend below it ends with the metric's whole name in brackets.
-_CHARTS = """
-[...document.querySelectorAll('.js-plotly-plot')].map(graph => {
-  let card = graph;
-  while (card && !/ \\([^()]+\\)\\s*$/.test(card.innerText)) card = card.parentElement;
-  return {
-    drawn: [...graph.querySelectorAll('.trace path')].some(path => (path.getAttribute('d') || '').length > 1),
-    metric: card ? card.innerText.trim().match(/ \\(([^()]+)\\)$/)[1] : '',
-  };
-})
-"""
+NOT_SEEN = 1
+HEIGHTS = {"charts": 2650, "compare": 1050, "sweep": 800}
+FIGURE = "figures/cost.png"
+_BUTTONS_OVER_A_CHART = ".modebar-container { visibility: hidden !important; }"  # which a mouse brings up
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="run directory")
-    parser.add_argument("out", type=Path, help="picture to write, a .png")
-    parser.add_argument("--charts", default="", help="only charts whose metric matches this regular expression")
-    parser.add_argument("--width", type=int, default=1600)
-    parser.add_argument("--height", type=int, default=2650)
-    parser.add_argument("--seconds", type=float, default=120.0, help="patience with the page")
-    options = parser.parse_args()
-    chromium = next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
-    if chromium is None:
-        print(f"no Chromium here (looked for {', '.join(CHROMIUM_NAMES)})", file=sys.stderr)
-        return NO_CHROMIUM
-
+    options = parse_options()
     page = find_page(options.run)
-    with running_server(page) as (server, _), browser(chromium) as call:
-        address = page.address(server)
-        call(
-            "Emulation.setDeviceMetricsOverride",
-            width=options.width,
-            height=options.height,
-            deviceScaleFactor=1,
-            mobile=False,
-        )
-        call("Page.addScriptToEvaluateOnNewDocument", source=_PREPARE)
-        call("Page.navigate", url=address)
-        if options.charts:
-            wait_for_charts(call, options.seconds)
-            evaluate(call, "document.querySelector('input[placeholder=\"Search metric charts\"]').focus()")
-            call("Input.insertText", text=options.charts)
-        charts = wait_for_charts(call, options.seconds)
-        text = evaluate(call, "document.body.innerText")
-        picture = call("Page.captureScreenshot", format="png")["data"]
-    options.out.write_bytes(base64.b64decode(picture))
-    print(json.dumps({"address": address, "charts": charts, "text": text}, ensure_ascii=False))
-    return 0 if charts else 1
+    try:
+        with open_page(options.width, options.height, options.seconds) as browser, running_server(page) as (server, _):
+            seen = options.photograph(browser, server, page, options)
+    except ChromiumMissingError as error:
+        print(error, file=sys.stderr)
+        return NO_CHROMIUM
+    except NotSeenError as error:
+        print(f"not seen within {options.seconds:.0f} s: {error}", file=sys.stderr)
+        return NOT_SEEN
+    print(json.dumps(seen, ensure_ascii=False))
+    return 0
 
 
-def wait_for_charts(call: Call, seconds: float) -> list[str]:
-    """The metrics whose charts are in sight, once all are drawn and no more have come for two seconds."""
-    deadline = time.monotonic() + seconds
-    metrics: list[str] = []
-    since = time.monotonic()
-    while time.monotonic() < deadline:
-        found = evaluate(call, _CHARTS) or []
-        now = [chart["metric"] for chart in found if chart["drawn"]]
-        if now != metrics or len(now) < len(found) or not now:
-            metrics, since = now, time.monotonic()
-        elif time.monotonic() - since > 2.0:
-            return metrics
-        time.sleep(0.3)
-    return metrics
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, photograph: Any, help: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help)
+        command.add_argument("run", type=Path, help="folder of the run" if name != "sweep" else "folder of the sweep")
+        command.set_defaults(photograph=photograph)
+        command.add_argument("--width", type=int, default=1600)
+        command.add_argument("--height", type=int, default=HEIGHTS[name])
+        command.add_argument("--seconds", type=float, default=120.0, help="patience with each thing to be seen")
+        return command
+
+    charts = add("charts", photograph_charts, "the charts of a run")
+    charts.add_argument("--only", default="", help="charts whose metric matches this regular expression")
+    compare = add("compare", photograph_comparison, "two runs side by side")
+    compare.add_argument("other", type=Path, help="folder of the other run")
+    add("sweep", photograph_sweep, "a scaling sweep: what its page says, and its figures")
+    for command in commands.choices.values():
+        command.add_argument("out", type=Path, help="picture to write, a .png")
+    return parser.parse_args()
 
 
-def evaluate(call: Call, expression: str) -> Any:
-    """The value of a JavaScript expression in the page."""
-    return call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+def photograph_charts(browser: BrowserPage, server: str, page: Page, options: argparse.Namespace) -> dict[str, Any]:
+    browser.goto(page.address(server))
+    charts = search_charts(browser, options.only) if options.only else wait_for_charts(browser)
+    options.out.write_bytes(picture(browser))
+    return {"address": browser.url, "charts": charts}
 
 
-@contextmanager
-def browser(chromium: str) -> Iterator[Call]:
-    """A Chromium with one empty page; yields `call(method, **parameters)` of the DevTools protocol."""
-    to_browser_read, to_browser = os.pipe()
-    from_browser, from_browser_write = os.pipe()
-    with tempfile.TemporaryDirectory(prefix="cctrain-chromium-", ignore_cleanup_errors=True) as profile:
-        # The protocol lives on descriptors 3 and 4 of the browser; a shell puts ours there.
-        command = [chromium, *_FLAGS, f"--user-data-dir={profile}", "about:blank"]
-        process = subprocess.Popen(
-            ["sh", "-c", f'exec "$@" 3<&{to_browser_read} 4>&{from_browser_write}', "sh", *command],
-            pass_fds=(to_browser_read, from_browser_write),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        os.close(to_browser_read)
-        os.close(from_browser_write)
-        with open(to_browser, "wb", buffering=0) as requests, open(from_browser, "rb") as answers:
-            try:
-                yield _attach(requests, answers)
-            finally:
-                process.terminate()
-                try:
-                    process.wait(10)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
+def photograph_comparison(browser: BrowserPage, server: str, page: Page, options: argparse.Namespace) -> dict[str, Any]:
+    other = find_page(options.other, page.uri)
+    pages = [page, other]
+    browser.goto(comparison_address(server, [p.experiment_id for p in pages], [p.run_id for p in pages]))
+    names, metrics = wait_for_comparison(browser)
+    browser.get_by_role("button", name="Artifacts").click()
+    options.out.write_bytes(picture(browser))
+    return {"address": browser.url, "runs": names, "metrics": metrics}
 
 
-def _attach(requests: Any, answers: Any) -> Call:
-    numbers = itertools.count(1)
-    session: dict[str, str] = {}
-
-    def call(method: str, **parameters: Any) -> Any:
-        number = next(numbers)
-        message = {"id": number, "method": method, "params": parameters, **session}
-        requests.write(json.dumps(message).encode() + b"\0")
-        while True:
-            answer = json.loads(_next_message(answers))
-            if answer.get("id") == number:
-                if "error" in answer:
-                    raise RuntimeError(f"{method}: {answer['error']['message']}")
-                return answer["result"]
-
-    targets = call("Target.getTargets")["targetInfos"]
-    target = next(item["targetId"] for item in targets if item["type"] == "page")
-    session["sessionId"] = call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-    call("Page.enable")
-    return call
+def photograph_sweep(browser: BrowserPage, server: str, page: Page, options: argparse.Namespace) -> dict[str, Any]:
+    """Two pages of MLflow, one above the other."""
+    browser.goto(run_page(server, page.experiment_id, page.run_id, "overview"))
+    child_runs(browser).first.wait_for()
+    children = child_runs(browser).all_inner_texts()
+    words = picture(browser)
+    browser.goto(run_page(server, page.experiment_id, page.run_id, f"artifacts/{FIGURE}"))
+    width = wait_for_figure(browser, FIGURE)
+    browser.get_by_text("Path: ").evaluate("path => path.parentElement.style.visibility = 'hidden'")  # of this machine
+    one_above_the_other([words, picture(browser)]).save(options.out, optimize=True)
+    return {"address": browser.url, "children": children, "figure": FIGURE, "figure_width": width}
 
 
-def _next_message(answers: Any) -> bytes:
-    message = bytearray()
-    while (byte := answers.read(1)) != b"\0":
-        if not byte:
-            raise RuntimeError("Chromium ended before it answered")
-        message += byte
-    return bytes(message)
+def picture(browser: BrowserPage) -> bytes:
+    browser.add_style_tag(content=_BUTTONS_OVER_A_CHART)
+    browser.mouse.move(0, 0)
+    return browser.screenshot(animations="disabled")
+
+
+def one_above_the_other(pictures: list[bytes]) -> Image.Image:
+    parts = [Image.open(io.BytesIO(content)).convert("RGB") for content in pictures]
+    whole = Image.new("RGB", (max(part.width for part in parts), sum(part.height for part in parts)))
+    top = 0
+    for part in parts:
+        whole.paste(part, (0, top))
+        top += part.height
+    return whole
 
 
 if __name__ == "__main__":

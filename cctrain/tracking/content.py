@@ -1,4 +1,4 @@
-"""What a run says to MLflow, in plain data: metrics, parameters, tags, a status and a description.
+"""What a run says to MLflow, in plain data: metrics, parameters, tags and a status.
 
 Pure functions of the journal's lines and of `config.yaml`; no MLflow here. Metric names are grouped by the
 part before the slash, which is how the MLflow page groups its charts: `train`, `validation`, `speed`, `cost`, `memory`;
@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 
 from cctrain.tracking.address import strip_credentials
 from cctrain.tracking.journal import MEASURED_EVENTS, last_attempt
-from cctrain.tracking.restarts import Line, how_it_ended, restarts
+from cctrain.tracking.restarts import Line, restarts
 
 STEP_MARKER = "speed/step_seconds"  # every step line has it, and it is finite whatever the loss does
 CHECKPOINT_MARKER = "speed/checkpoint_seconds"
@@ -31,7 +31,6 @@ LATEST_STEPS, EARLIER_STEPS = 1000, 5000
 _MAX_PARAMETER = 6000  # MLflow cuts longer values without a word
 _MAX_TAG = 5000
 _STALE_SECONDS = 15 * 60
-_MAX_RESTARTS = 10  # in the description
 _OWN_KEYS = ("event", "attempt", "step", "time")
 _SPEED_KEYS = (
     *("step_seconds", "data_seconds", "communication_seconds", "imbalance_seconds"),
@@ -39,7 +38,6 @@ _SPEED_KEYS = (
 )
 _RATES = {"tokens": "tokens", "contexts": "contexts", "cost/total_flops": "flops"}  # of a step: by the second
 _NOT_ALLOWED = re.compile(r"[^/\w.\- :]")
-_FOOTER = "*Written by cctrain from the run's journal; edit it and remove this line, and it stays as you left it.*"
 
 
 def metrics_of(line: Line) -> dict[str, float]:
@@ -170,51 +168,6 @@ def status_of(lines: list[Line], now: datetime | None = None) -> str:
         return known.get(str(last.get("status", "")).lower(), "KILLED")
     silent = (now or datetime.now(UTC)) - datetime.fromisoformat(last["time"])
     return "RUNNING" if silent.total_seconds() < _STALE_SECONDS else "KILLED"
-
-
-def description_of(lines: list[Line], counted: list[Line], parameters: dict[str, str]) -> str:
-    """The run in words, as Markdown."""
-    steps = [line for line in counted if line["event"] == "step"]
-    looks = [line for line in counted if line["event"] == "evaluate"]
-    said = [_model_in_words(parameters)] if "model.attention" in parameters else ["There is no config.yaml."]
-    if "data.store" in parameters:
-        said.append(f"Data: `{parameters['data.store']}`.")
-    if steps:
-        first, last = steps[0], steps[-1]
-        wanted = f" of {parameters['training.steps']}" if "training.steps" in parameters else ""
-        attempts = last_attempt(lines)
-        said.append(
-            f"Step {last['step']}{wanted}, in {attempts} attempt{'s' if attempts > 1 else ''}; training loss "
-            f"{first['loss']:.4g} at step {first['step']}, {last['loss']:.4g} at step {last['step']}."
-        )
-    if looks:
-        figures = [
-            f"{name} {value:.4g}" for name, value in metrics_of(looks[-1]).items() if name.startswith(EVALUATE_GROUP)
-        ]
-        said.append(f"Held-out cells at step {looks[-1]['step']}: {', '.join(figures)}.")
-    again = restarts(lines)
-    if again:
-        shown = "\n".join(f"- {restart}" for restart in reversed(again[-_MAX_RESTARTS:]))
-        earlier = f"\n- and {len(again) - _MAX_RESTARTS} before" if len(again) > _MAX_RESTARTS else ""
-        said.append(f"Restarts, the latest first:\n\n{shown}{earlier}")
-    if lines[-1]["event"] == "stop" and lines[-1].get("status") != "finished":
-        ended = how_it_ended(lines[-1]["attempt"], lines)
-        said.append(f"{ended[0].upper()}{ended[1:]}. The run goes on when it is started again.")
-    return "\n\n".join([*said, _FOOTER])
-
-
-def is_own_description(text: str) -> bool:
-    """Whether a description is empty or cctrain's, so that it may be replaced."""
-    return not text.strip() or text.rstrip().endswith(_FOOTER)
-
-
-def _model_in_words(parameters: dict[str, str]) -> str:
-    get = parameters.get
-    if parameters["model.attention"] == "dense":
-        kind = "Dense transformer (the control, cost n²)"
-    else:
-        kind = f"Criss-cross transformer (cost n·M), {get('model.latents')} latents"
-    return f"{kind}: width {get('model.width')}, {get('model.depth')} layers, {get('model.heads')} heads."
 
 
 def _skipped_steps(lines: list[Line], counted: list[Line]) -> list[int]:

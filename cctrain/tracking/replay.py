@@ -26,9 +26,7 @@ from cctrain.tracking.content import (
     EVALUATE_GROUP,
     STEP_MARKER,
     changes_of,
-    description_of,
     has_points,
-    is_own_description,
     metrics_of,
     milliseconds,
     parameters_of,
@@ -37,6 +35,7 @@ from cctrain.tracking.content import (
     thinned,
     without_steps_to_repeat,
 )
+from cctrain.tracking.description import description_of, is_own_description
 from cctrain.tracking.journal import MEASURED_EVENTS, history, read_journal_from
 from cctrain.tracking.restarts import Line, Signature, attempt_curve, is_same_training, signature
 

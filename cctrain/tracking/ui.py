@@ -43,7 +43,7 @@ from cctrain.tracking.projection import configured_uri, sync
 
 HOST = "127.0.0.1"
 _FIRST_PORT = 5000
-_VIEW = "workflowType=machine_learning"
+MODEL_TRAINING = "workflowType=machine_learning"  # the view of a page
 _START_SECONDS = 180.0  # a cold file system takes over a minute to import the server
 
 
@@ -58,7 +58,7 @@ class Page:
 
     def address(self, server: str) -> str:
         if self.experiment_id is None or self.run_id is None:
-            return f"{server.rstrip('/')}/#/experiments?{_VIEW}"
+            return f"{server.rstrip('/')}/#/experiments?{MODEL_TRAINING}"
         return run_page(server, self.experiment_id, self.run_id)
 
 
@@ -82,17 +82,19 @@ def serve(run_dir: Path | None, *, uri: str | None = None, port: int | None = No
     raise UsageError("the MLflow server ended by itself: start it again, or give it another --port")
 
 
-def run_page(uri_of_server: str, experiment_id: str, run_id: str) -> str:
-    """The address of a run's charts on an MLflow server, in its view for model training.
+def run_page(uri_of_server: str, experiment_id: str, run_id: str, tab: str = "model-metrics") -> str:
+    """The address of a run's charts, or of another of its tabs, on an MLflow server in its view for model training.
 
     MLflow 3 otherwise frames every page with its tools for language-model traces.
     """
     server = uri_of_server.rstrip("/")
-    return f"{server}/#/experiments/{experiment_id}/runs/{run_id}/model-metrics?{_VIEW}"
+    return f"{server}/#/experiments/{experiment_id}/runs/{run_id}/{tab}?{MODEL_TRAINING}"
 
 
 def find_page(run_dir: Path | None, uri: str | None = None) -> Page:
-    """The page of a run, after its journal has been replayed into the database that serves it."""
+    """The page of a run, after its journal has been replayed into the database that serves it; or of a scaling sweep,
+    which has no journal and is where `cctrain scaling` sent it.
+    """
     if uri is not None:
         check_uri(uri)
         uri = resolve_uri(uri)
@@ -103,10 +105,12 @@ def find_page(run_dir: Path | None, uri: str | None = None) -> Page:
             raise UsageError("there is no run below ./runs: pass a run directory, or an MLflow --uri")
         return Page(uri, Path.cwd(), None, None)
     run_dir = Path(run_dir)
-    if not (run_dir / JOURNAL_NAME).is_file():
-        raise UsageError(f"{run_dir} holds no {JOURNAL_NAME}: pass a run directory, such as runs/cell")
-    uri = uri or _where_to_look(run_dir)
     recorded = _recorded(run_dir)
+    if not (run_dir / JOURNAL_NAME).is_file():
+        if not recorded or strip_credentials(uri or recorded["uri"]) != recorded["uri"]:
+            raise UsageError(f"{run_dir} holds no {JOURNAL_NAME}: pass a run directory, such as runs/cell")
+        return Page(uri or recorded["uri"], run_dir, recorded["experiment_id"], recorded["run_id"])
+    uri = uri or _where_to_look(run_dir)
     if is_server(uri) and recorded.get("uri") == strip_credentials(uri):
         identity = recorded
     else:

@@ -49,16 +49,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
     """Writes `tmp_path/runs/NAME` with the given attempts; called again, adds attempts to the same run."""
 
     def make(*attempts: Attempt, name: str = "cell", uri: str | None = None, rate: float = 1e-3) -> Path:
-        run_dir = tmp_path / "runs" / name
-        run_dir.mkdir(parents=True, exist_ok=True)
-        config = Config()
-        config.data.store = "stores/pbmc3k"
-        config.training.steps = max((last for _, last, _ in attempts), default=100)
-        config.tracking.uri = uri
-        (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        for attempt in attempts:
-            _write_attempt(run_dir, *attempt, rate=rate)
-        return run_dir
+        return write_run(tmp_path / "runs" / name, *attempts, uri=uri, rate=rate)
 
     return make
 
@@ -67,6 +58,19 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
 def write_attempt() -> Callable[..., None]:
     """Appends one attempt to a journal: run directory, first step, last step, status or None for a crash."""
     return _write_attempt
+
+
+def write_run(run_dir: Path, *attempts: Attempt, uri: str | None = None, rate: float = 1e-3) -> Path:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    config = Config()
+    config.data.store = "stores/pbmc3k"
+    config.training.steps = max((last for _, last, _ in attempts), default=100)
+    config.training.learning_rate = rate
+    config.tracking.uri = uri
+    (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    for attempt in attempts:
+        _write_attempt(run_dir, *attempt, rate=rate)
+    return run_dir
 
 
 def _write_attempt(run_dir: Path, first: int, last: int, status: str | None, rate: float = 1e-3) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from cctrain.tracking.content import description_of, tags_of
+from cctrain.tracking.content import tags_of
+from cctrain.tracking.description import description_of
 from cctrain.tracking.journal import Journal, history, read_journal
 from cctrain.tracking.restarts import attempt_curve, is_same_training, restarts, signature
 

@@ -78,7 +78,7 @@ def sweep(folder: Path, plan: Plan, rows: dict[str, Row], measure_point: Measure
     """Add to `rows`, by key, and to the folder's file what the plan's points lack."""
     missing, commit = to_measure(plan, rows), code_commit()
     for number, point in enumerate(missing, start=1):
-        row = describe_point(point, plan.setting) | {"settings": plan.digest, "commit": commit}
+        row = describe_point(point, plan.setting) | {"settings": plan.digest, "commit": commit, "began": _now()}
         predicted = _predicted(row, rows, plan)
         reason = _reason_to_leave_out(point, row, rows, predicted, plan)
         if reason is None:
@@ -86,7 +86,7 @@ def sweep(folder: Path, plan: Plan, rows: dict[str, Row], measure_point: Measure
             row |= _measured(measure_point(point, plan.setting, plan.most_repeats), point)
         else:
             row |= reason
-        row |= {"time": datetime.now(UTC).isoformat(timespec="seconds"), "predicted_seconds": predicted}
+        row |= {"time": _now(), "predicted_seconds": predicted}
         if "step_seconds" in row:
             row |= rates(row)
             log.info(
@@ -98,6 +98,10 @@ def sweep(folder: Path, plan: Plan, rows: dict[str, Row], measure_point: Measure
             log.info("%d/%d: %s left out: %s", number, len(missing), point.key, row[LEFT_OUT])
         append_point(folder, row)
         rows[point.key] = row
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _measured(timings: dict[str, Any], point: Point) -> Row:

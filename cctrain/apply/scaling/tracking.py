@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cctrain.apply.scaling.analysis import CRISS_CROSS_TERMS
+from cctrain.apply.scaling.description import point_description, sweep_description
 from cctrain.apply.scaling.points import DENSE, Row
-from cctrain.apply.scaling.report import exponent_in_words
 from cctrain.run_directory import CONFIG, write_atomically
 from cctrain.tracking.address import artifact_folder, check_uri, resolve_uri, strip_credentials
 from cctrain.tracking.client import connect, find_experiment
 from cctrain.tracking.content import milliseconds, parameters_of
+from cctrain.tracking.description import is_own_description
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -49,7 +50,11 @@ def track(
     there = list(_runs_of(client, experiment, sweep))
     parent = next((run for run in there if POINT_TAG not in run.data.tags), None)
     if parent is None:
-        parent = client.create_run(experiment, tags={SWEEP_TAG: sweep, "mlflow.runName": folder.resolve().name})
+        parent = client.create_run(
+            experiment,
+            start_time=min(map(_began, rows.values()), default=None),
+            tags={SWEEP_TAG: sweep, "mlflow.runName": folder.resolve().name},
+        )
     identity = {
         "uri": strip_credentials(uri),
         "experiment": name,
@@ -141,12 +146,13 @@ def _child(client: "MlflowClient", experiment: str, sweep: str, parent: str, row
         SWEEP_TAG: sweep,
         POINT_TAG: row["key"],
         TIME_TAG: row["time"],
+        NOTE_TAG: point_description(row),
     }
     if row["commit"]:
         tags["mlflow.source.git.commit"] = row["commit"]
     if "left_out" in row:
         tags["cctrain.left_out"] = row["left_out"]
-    run = client.create_run(experiment, start_time=time, tags=tags).info.run_id
+    run = client.create_run(experiment, start_time=_began(row), tags=tags).info.run_id
     keys = ("name", "kind", "attention", "latents", "context_ranks", "depth", "tokens")
     client.log_batch(
         run,
@@ -156,6 +162,11 @@ def _child(client: "MlflowClient", experiment: str, sweep: str, parent: str, row
     )
     client.set_terminated(run, "KILLED" if "left_out" in row else "FINISHED", end_time=time)
     return run
+
+
+def _began(row: Row) -> int:
+    """In milliseconds; of a point that does not say it, when it was kept."""
+    return milliseconds({"time": row.get("began", row["time"])})
 
 
 def _describe_parent(
@@ -174,12 +185,11 @@ def _describe_parent(
     now = max(map(milliseconds, rows.values()), default=0)
     fits = fit_metrics(found)
     metrics += [Metric(name, value, now, 0) for name, value in fits.items() if known.metrics.get(name) != value]
-    params = [Param(key, value) for key, value in parameters_of(folder / CONFIG).items() if key not in known.params]
-    exponent = exponent_in_words(found["attention"]["n·M"])
-    note = f"Scaling sweep. Time of attention, exponent of n·M: {exponent}. All else is in report.md."
+    configuration = parameters_of(folder / CONFIG)
+    params = [Param(key, value) for key, value in configuration.items() if key not in known.params]
     tags = {"cctrain.points": str(len(rows)), "cctrain.left_out": str(sum("left_out" in row for row in rows.values()))}
-    if known.tags.get(NOTE_TAG, "Scaling sweep.").startswith("Scaling sweep."):  # else a person wrote it
-        tags[NOTE_TAG] = note
+    if is_own_description(known.tags.get(NOTE_TAG, "")):
+        tags[NOTE_TAG] = sweep_description(rows.values(), found, configuration)
     for begin in range(0, len(metrics), _MAX_METRICS):
         client.log_batch(run, metrics=metrics[begin : begin + _MAX_METRICS], synchronous=True)
     for begin in range(0, len(params), _MAX_PER_BATCH):

@@ -1,13 +1,14 @@
 """A sweep in MLflow: a parent, a child for each point, and the same once more when it is sent again."""
 
 import json
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
 from cctrain.apply.scaling import tracking
 from cctrain.apply.scaling.analysis import analyse
-from cctrain.apply.scaling.tracking import PARENT_TAG, POINT_TAG, track
+from cctrain.apply.scaling.tracking import NOTE_TAG, PARENT_TAG, POINT_TAG, track
 from cctrain.config import Config, to_yaml
 from tests.apply.scaling.sweeps import a_plan, a_row, rows_of
 
@@ -81,6 +82,32 @@ def test_the_parent_has_curves_over_n_exponents_parameters_and_files(send, clien
     assert run.data.metrics["cost/exponent of attention in nM"] == pytest.approx(1)
     assert run.data.params["model.width"] == "256"
     assert [file.path for file in client.list_artifacts(run_id)] == ["figures", "report.md"]
+
+
+def test_the_sweep_and_its_points_begin_when_their_measuring_began(send, client):
+    rows = rows_of(SHORT)
+    began = [f"2026-01-02T03:{minute:02}:00+00:00" for minute in range(len(rows))]
+    for row, time in zip(rows.values(), began, strict=True):
+        row["began"] = time
+    identity = send(rows)
+    milliseconds = [datetime.fromisoformat(time).timestamp() * 1000 for time in began]
+    assert client.get_run(identity["run_id"]).info.start_time == milliseconds[0]
+    assert [client.get_run(run).info.start_time for run in identity["children"].values()] == milliseconds
+
+
+def test_a_point_kept_by_an_older_version_begins_when_it_was_kept(send, client):
+    rows = rows_of(SHORT)
+    kept = datetime.fromisoformat(next(iter(rows.values()))["time"]).timestamp() * 1000
+    assert client.get_run(send(rows)["run_id"]).info.start_time == kept
+
+
+def test_a_description_that_a_person_wrote_stays(send, client):
+    rows = rows_of(SHORT)
+    run_id = send(rows)["run_id"]
+    assert "scaling sweep" in client.get_run(run_id).data.tags[NOTE_TAG]
+    client.set_tag(run_id, NOTE_TAG, "the good one")
+    send(rows)
+    assert client.get_run(run_id).data.tags[NOTE_TAG] == "the good one"
 
 
 def test_the_same_call_again_adds_nothing(send, client):
