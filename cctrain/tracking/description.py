@@ -17,7 +17,8 @@ _MEANINGS = {
     "`grad_norm` is before clipping; `tokens`, `targets` and `contexts` are what the step consumed",
     "validation": "the same on held-out cells, whose targets never change: `nll` of the model, `gene_mean_nll` of the "
     "baseline that knows only each gene's mean, and their `difference`. Below 0, the model has learned from the cell",
-    "speed": "`step_seconds`, of which `data_seconds` went into waiting for data, and what follows per second. "
+    "speed": "`step_seconds`, of which `data_seconds` went into waiting for data, `communication_seconds` into "
+    "collectives, and on one rank `imbalance_seconds` into waiting for the others; and what follows per second. "
     "`utilisation` is the share of what the devices could have computed; `attempt` steps up at each restart",
     "cost": "by the closed form, not measured: `n` is the mean number of tokens of a context, `M` that of latents; "
     "FLOPs of a step in attention and in all, and `attention_share`, the one over the other",
