@@ -29,16 +29,20 @@ elements of e bytes (4 or 2; the token stream always has 4), tiles of t tokens, 
 
                         without checkpointing                       with it
     streams             4 n d, of gradients                         4 n d (L + 1)
-    layers              L n (8 d + 15 e d + 4 H + 24) + 2 n e d     0       (dense: 14 e d)
-    working             4 t e d                                     t (4 d + 16 e d), or k M (8 d_l + 14 e d_l)
-                                                                    of the latents, or a stream, whichever is most
-    latents             k M L (8 d_l + 11 e d_l + 4 e d)            k M L (4 d_l + 4 e d)
-    targets             T (16 d + 200), in 16 bit T (18 d + 200)    T (e d + 200)
+    layers              L n (8 d + 15 e d + 4 H + 24) + 2 n e d     0
+                        (dense: 14 e d)
+    working             4 t e d                                     t (4 d + 16 e d + 4 H) + 2 k M e d, or of the
+                        (dense: or n e d)                           latents k M (20 d_l + 10 e d_l - 2 e d)
+                                                                    (dense: n (8 d + 15 e d + 4 H + 24))
+    or of the head      T (16 d + 4 d t/n + 40)                     4 n d + T (2 e d + 22 d t/n + 40)
+    latents             k M L (8 d_l + 11 e d_l + 4 e d)            k M (4 d_l (L - 1) + 4 e d L)
     pack                30 n                                        30 n
     gene vectors        V d e, the gradient of their look-up        V d e
 
-A dense layer is one stage: with checkpointing its working memory is that of all tokens. With memory.offload two
-streams stay on the device, and L + 1 are elsewhere.
+In 16 bit without checkpointing a tile and the head need 2 d more, t and T times; with it the latents that all contexts
+begin with 4 M d_l. What the head needs is freed before a layer goes backward: of it and the working memory of a layer,
+what is most counts. With memory.offload two streams stay on the device, the head's gradients among them, and L + 1 are
+elsewhere.
 """
 
 from dataclasses import dataclass, fields
@@ -48,7 +52,7 @@ from cctrain.cost.parameters import num_parameters, parameters_of_a_layer
 from cctrain.cost.traffic import FETCHED_AHEAD
 from cctrain.cost.work import Load, Work
 
-STREAM_BYTES, PACK_BYTES, TARGET_BYTES = 4, 30, 200
+STREAM_BYTES, PACK_BYTES, TARGET_BYTES = 4, 30, 40
 LARGEST_BUCKET = 500_000_000  # numbers; DeepSpeed's own default
 
 
@@ -77,7 +81,6 @@ class ActivationMemory:
     layers: float
     working: float
     latents: float
-    targets: float
     pack: float
     gene_vectors: float
     offloaded: float = 0.0
@@ -124,33 +127,34 @@ def activations(
     dense = model.attention == "dense"
     tile = min(n, tile_tokens)
     stream = STREAM_BYTES * n * d
-    in_a_layer = 2 * STREAM_BYTES * d + (14 if dense else 15) * e * d + 4 * model.heads + 24
     shared = {"pack": PACK_BYTES * n, "gene_vectors": num_genes * d * e}
-    latents = load.contexts * model.latents * depth * (0 if dense else 1)
+    latents = load.contexts * model.latents * (0 if dense else 1)
     latent_width = model.latent_width or d
+    in_a_layer = 2 * STREAM_BYTES * d + 15 * e * d + 4 * model.heads + 24
     if not memory.checkpointing:
+        copied = 2 * d if e == 2 else 0
+        head = load.targets * (16 * d + copied + 4 * d * tile / n + TARGET_BYTES)
         return ActivationMemory(
             streams=stream,
-            layers=depth * n * in_a_layer + n * 2 * e * d,
-            working=tile * 4 * e * d,
-            latents=latents * (8 * latent_width + 11 * e * latent_width + 4 * e * d),
-            targets=load.targets * (16 * d + (2 * d if e == 2 else 0) + TARGET_BYTES),
+            layers=depth * n * (in_a_layer - (e * d if dense else 0)) + n * 2 * e * d,
+            working=max(tile * (4 * e * d + copied), n * e * d if dense else 0, head),
+            latents=latents * depth * (8 * latent_width + 11 * e * latent_width + 4 * e * d),
             **shared,
         )
-    targets = load.targets * (e * d + TARGET_BYTES)
+    head = load.targets * (2 * e * d + 22 * d * tile / n + TARGET_BYTES)
     if dense:
-        one_stage = n * (in_a_layer - STREAM_BYTES * d) + tile * 4 * e * d
+        one_stage = n * in_a_layer
     else:
-        of_latents = load.contexts * model.latents * (2 * STREAM_BYTES + 14 * e) * latent_width
-        one_stage = max(tile * (STREAM_BYTES + 16 * e) * d, of_latents)
-    on_device = 2 if memory.offload != "device" else depth + 1
+        of_a_tile = tile * (STREAM_BYTES * d + 16 * e * d + 4 * model.heads) + latents * 2 * e * d
+        one_stage = max(of_a_tile, latents * (20 * latent_width + 10 * e * latent_width - 2 * e * d))
+    begun_with = 4 * model.latents * latent_width if e == 2 and not dense else 0
+    checkpoints, offloaded = (depth + 1) * stream, memory.offload != "device"
     return ActivationMemory(
-        streams=on_device * stream,
+        streams=2 * stream if offloaded else checkpoints,
         layers=0.0,
-        working=max(one_stage, 0.0 if memory.offload != "device" else stream),
-        latents=latents * (4 * latent_width + 4 * e * d),
-        targets=targets,
-        offloaded=0.0 if memory.offload == "device" else (depth + 1) * stream,
+        working=max(one_stage, head if offloaded else stream + head),
+        latents=latents * (4 * latent_width * (depth - 1) + 4 * e * d * depth) + begun_with,
+        offloaded=checkpoints if offloaded else 0.0,
         **shared,
     )
 

@@ -8,7 +8,8 @@ writes:
     backward    48 d + 18 e d
     recomputed  as forward
 
-and once a micro-batch 6 V d e, to make, fill and add the gradient of the gene vectors, for tokens and for targets.
+a token's embedding moves 28 d + 14 e d more, and a micro-batch 6 V d e, to make, fill and add the gradient of the gene
+vectors, for tokens and for targets.
 """
 
 from dataclasses import dataclass, fields

@@ -20,7 +20,7 @@ ZeRO, among all ranks, with P parameters of b bytes and A micro-batches in a ste
     stage 0     all-reduces b · P once
     stage 1     all-reduces b · P once, all-gathers b · P once
     stage 2     all-reduces b · P A times, all-gathers b · P once
-    stage 3     reduce-scatters b · P A times; all-gathers parameters of 100,000 numbers or more A times, the smaller
+    stage 3     reduce-scatters b · P A times; all-gathers parameters of more than 100,000 numbers A times, the smaller
                 ones once. Of a model of more than 50 million numbers, which is more than is fetched ahead, layers do
                 not stay from forward to backward: 2 · A times, the last ones less often.
 
@@ -37,7 +37,7 @@ READ = "read"
 SENT = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2}  # times s · (W − 1) / W
 MOST_RANKS_TO_GATHER = 8  # as model/merge has it
 # DeepSpeed's stage3_param_persistence_threshold and stage3_prefetch_bucket_size, in numbers.
-PERSISTENT_BELOW, FETCHED_AHEAD = 100_000, 50_000_000
+PERSISTENT_UP_TO, FETCHED_AHEAD = 100_000, 50_000_000
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def zero(
     if stage < 3:
         gradients = Collective("gradients", "all_reduce", total, ranks, micro_batches if stage == 2 else 1)
         return [gradients] if stage == 0 else [gradients, Collective("parameters", "all_gather", total, ranks)]
-    small = element_bytes * sum(size * number for _, size, number in tensors if size < PERSISTENT_BELOW)
+    small = element_bytes * sum(size * number for _, size, number in tensors if size <= PERSISTENT_UP_TO)
     passes = 2 if total > element_bytes * FETCHED_AHEAD else 1
     return [
         Collective("gradients", "reduce_scatter", total, ranks, micro_batches),

@@ -45,7 +45,7 @@ def work_of(config: Config, contexts: Contexts, ranks: int, tile_tokens: int) ->
     assert together is not None
     contexts_in_all = -(-config.data.global_batch * context_ranks // ranks)
     held = contexts.tokens / context_ranks
-    micro_batches = -(-contexts_in_all // min(contexts_in_all, max(1, int(together // held))))
+    micro_batches = -(-contexts_in_all // max(1, int(together // held)))
     contexts_each = contexts_in_all / micro_batches
     return Work(
         ranks,

@@ -80,11 +80,12 @@ def built(
 
 
 def inputs_of(lengths: list[int], num_targets: int) -> Inputs:
+    """Targets are spread evenly."""
     total = sum(lengths)
     return Inputs(
         genes=torch.arange(total) % NUM_GENES,
         counts=torch.ones(total),
         log_size_factors=torch.zeros(total),
-        targets=torch.arange(num_targets),
+        targets=torch.arange(num_targets) * total // num_targets,
         offsets=[0, *np.cumsum(lengths).tolist()],
     )

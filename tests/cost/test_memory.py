@@ -1,21 +1,20 @@
 """The formulas of memory beside what PyTorch's allocator gave out."""
 
-import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
-from cctrain.config import MemoryConfig, ModelConfig
-from cctrain.cost.memory import LARGEST_BUCKET, activations, peak, reduce_bucket, state
-from cctrain.cost.parameters import num_parameters
+from cctrain.config import Config, MemoryConfig, ModelConfig
+from cctrain.cost.memory import LARGEST_BUCKET, activations, peak, rank_memory, reduce_bucket, state
+from cctrain.cost.parameters import num_parameters, parameters_of_a_layer
+from cctrain.cost.traffic import FETCHED_AHEAD
 from cctrain.cost.work import Load
 from cctrain.training.objective import negative_log_likelihood
-from tests.cost.conftest import ZERO_KINDS, ZERO_MODEL, ZERO_RANKS, zero_steps
+from tests.cost.conftest import ZERO_KINDS, ZERO_MODEL, ZERO_RANKS, work, zero_steps
 from tests.cost.counting import NUM_GENES, allocated, built, inputs_of
 
 TOLERANCE = 0.15
-TILE = 512
 SHAPES = {
     "criss_cross": ModelConfig(width=48, depth=2, heads=2, latents=16),
     "deep": ModelConfig(width=32, depth=5, heads=4, latents=8),
@@ -24,31 +23,90 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES.keys())
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("element_bytes", [2, 4])
-@pytest.mark.parametrize("lengths", [[3000], [150] * 16, [700, 2300]])
-def test_a_forward_and_backward_need_what_the_formula_says(config, checkpointing, element_bytes, lengths):
-    num_targets = sum(lengths) // 20
-    model = built(config, checkpointing=checkpointing, backend="auto", tile_tokens=TILE)
-    model.to(torch.float32 if element_bytes == 4 else torch.bfloat16)
+@dataclass(frozen=True)
+class Setting:
+    """`contexts` of as many tokens each, or of these numbers of tokens."""
+
+    model: ModelConfig
+    lengths: tuple[int, ...] = (3000,)
+    targets: int = 150
+    genes: int = NUM_GENES
+    tile: int = 512
+    checkpointing: bool = False
+    element_bytes: int = 4
+
+
+def computed(setting: Setting) -> float:
+    load = Load(sum(setting.lengths), len(setting.lengths), setting.targets)
+    memory = MemoryConfig(setting.checkpointing)
+    return activations(setting.model, setting.genes, load, memory, setting.tile, setting.element_bytes).total
+
+
+def measured(setting: Setting) -> int:
+    model = built(setting.model, setting.genes, setting.checkpointing, backend="auto", tile_tokens=setting.tile)
+    model.to(torch.float32 if setting.element_bytes == 4 else torch.bfloat16)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
 
     def step() -> None:
-        log_mu, log_theta = model(inputs_of(lengths, num_targets))
-        negative_log_likelihood(torch.ones(num_targets), log_mu, log_theta).sum().backward()
+        log_mu, log_theta = model(inputs_of(list(setting.lengths), setting.targets))
+        negative_log_likelihood(torch.ones(setting.targets), log_mu, log_theta).sum().backward()
 
     step()
-    law = activations(
-        config,
-        NUM_GENES,
-        Load(sum(lengths), len(lengths), num_targets),
-        MemoryConfig(checkpointing),
-        TILE,
-        element_bytes,
-    )
-    assert law.total == pytest.approx(allocated(step)[1], rel=TOLERANCE)
+    return allocated(step)[1]
+
+
+@pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("element_bytes", [2, 4])
+@pytest.mark.parametrize("lengths", [(3000,), (150,) * 16, (700, 2300)])
+def test_a_forward_and_backward_need_what_the_formula_says(config, checkpointing, element_bytes, lengths):
+    targets = sum(lengths) // 20
+    setting = Setting(config, lengths, targets, checkpointing=checkpointing, element_bytes=element_bytes)
+    assert computed(setting) == pytest.approx(measured(setting), rel=TOLERANCE)
+
+
+# A term that is too large or too small shows where little else grows.
+SHORT, FEW_TOKENS = {"tile": 64, "targets": 12}, {"lengths": (1000,), "tile": 125}
+GROWTH = {
+    "tokens": ({"lengths": (1024,)}, {"lengths": (4096,)}),
+    "genes": ({"genes": 2000}, {"genes": 8000}),
+    "depth": ({"depth": 2}, {"depth": 6}),
+    "heads": ({"heads": 2}, {"heads": 24}),
+    "contexts": ({"lengths": (64,) * 4, **SHORT}, {"lengths": (16,) * 16, **SHORT}),
+    "latents": ({"latents": 16}, {"latents": 64}),
+    "many latents": ({"latents": 1000, **FEW_TOKENS}, {"latents": 2000, **FEW_TOKENS}),
+    "tile": ({"tile": 500}, {"tile": 1500}),
+    "targets": ({"targets": 1500, "tile": 200}, {"targets": 3000, "tile": 200}),
+    "targets of one tile": ({"targets": 2500, "tile": 3000}, {"targets": 3000, "tile": 3000}),
+}
+OF_DENSE_ATTENTION = {"tokens", "genes", "depth", "heads"}
+WITHOUT_CHECKPOINTING = {"targets of one tile"}  # with it, one layer of the tile needs more
+
+
+@pytest.mark.parametrize(
+    ("quantity", "attention", "checkpointing"),
+    [
+        (quantity, attention, checkpointing)
+        for quantity in GROWTH
+        for attention in ("criss_cross", "dense")
+        for checkpointing in (False, True)
+        if attention == "criss_cross" or quantity in OF_DENSE_ATTENTION
+        if not (checkpointing and quantity in WITHOUT_CHECKPOINTING)
+    ],
+)
+@pytest.mark.parametrize("element_bytes", [2, 4])
+def test_more_of_a_quantity_needs_as_much_more_as_the_formula_says(quantity, attention, checkpointing, element_bytes):
+    model = ModelConfig(attention=attention, width=48, depth=2, heads=2, latents=16)
+    setting = Setting(model, checkpointing=checkpointing, element_bytes=element_bytes)
+    less, more = (grown(setting, **to) for to in GROWTH[quantity])
+    assert computed(more) - computed(less) == pytest.approx(measured(more) - measured(less), rel=TOLERANCE)
+
+
+def grown(setting: Setting, **to: object) -> Setting:
+    of_model = {name: value for name, value in to.items() if hasattr(setting.model, name)}
+    of_setting = {name: value for name, value in to.items() if name not in of_model}
+    return replace(setting, model=replace(setting.model, **of_model), **of_setting)
 
 
 @pytest.mark.slow
@@ -73,6 +131,45 @@ def test_deepspeed_allocates_no_more_for_reducing_gradients_than_there_are(even_
     assert reduce_bucket(10**10) == LARGEST_BUCKET
 
 
+def of_state(stage: int, precision: str, p: int, w: int, b: int) -> tuple[float, float, float]:
+    """Kept, in backward, in the optimizer's step: the module's table, of a model that is gathered whole."""
+    return {
+        (0, "fp32"): (12 * p, 8 * p, 8 * p),
+        (1, "fp32"): (4 * p + 12 * p / w, 4 * p + 4 * b + 2 * p / w, 16 * p / w),
+        (2, "fp32"): (4 * p + 12 * p / w, 4 * b + 4 * min(2 * b, p) + 4 * p / w, 16 * p / w),
+        (3, "fp32"): (4 * p + 16 * p / w + 4 * b, 4 * p + 4 * p / w, 12 * p / w),
+        (0, "bf16"): (14 * p, 4 * p, 7 * p),
+        (1, "bf16"): (6 * p + 12 * p / w, 8 * p, 2 * p + 8 * p / w),
+        (2, "bf16"): (2 * p + 12 * p / w, 2 * b + 2 * min(2 * b, p) + 4 * p / w, 12 * p / w),
+        (3, "bf16"): (2 * p + 16 * p / w + 2 * b, 2 * p + 2 * p / w, 12 * p / w),
+    }[stage, precision]
+
+
+@pytest.mark.parametrize(("stage", "precision"), ZERO_KINDS)
+@pytest.mark.parametrize("share_in_a_bucket", [0.25, 1.0])
+def test_state_is_what_the_table_says(stage, precision, share_in_a_bucket):
+    model, num_genes, ranks = ModelConfig(), 1000, 4
+    total = num_parameters(model, num_genes)
+    bucket = round(share_in_a_bucket * total)
+    found = state(model, num_genes, stage, 4 if precision == "fp32" else 2, ranks, bucket)
+    assert (found.kept, found.backward, found.step) == pytest.approx(of_state(stage, precision, total, ranks, bucket))
+
+
+def test_one_rank_reduces_no_gradients():
+    alone, together = (state(ModelConfig(), 1000, 0, 4, ranks, bucket=0) for ranks in (1, 2))
+    assert together.backward == 2 * alone.backward
+
+
+def test_under_stage_3_no_more_weights_are_gathered_than_are_fetched_ahead_and_a_layer():
+    model, num_genes, ranks = ModelConfig(width=1024, depth=48, heads=16), 20_000, 8
+    total = num_parameters(model, num_genes)
+    gathered = FETCHED_AHEAD + parameters_of_a_layer(model)
+    assert gathered < total
+    found = state(model, num_genes, 3, 2, ranks, bucket=0)
+    assert found.weights == pytest.approx(2 * (total / ranks + gathered * (ranks - 1) / ranks))
+    assert found.backward == pytest.approx(2 * (total + gathered / ranks))
+
+
 def test_more_ranks_share_more_at_every_stage_and_the_last_shares_all():
     model, num_genes = ModelConfig(width=1024, depth=48, heads=16), 20_000
     whole = 16 * num_parameters(model, num_genes)
@@ -80,6 +177,14 @@ def test_more_ranks_share_more_at_every_stage_and_the_last_shares_all():
         kept = [state(model, num_genes, stage, element_bytes, 1000, bucket=0).kept for stage in range(4)]
         assert kept[0] > kept[1] >= kept[2] > kept[3]
         assert kept[3] < 0.05 * whole
+
+
+@pytest.mark.parametrize(("options", "bucket"), [({}, None), ({"reduce_bucket_size": 1000}, 1000)])
+def test_the_bucket_is_as_large_as_the_model_unless_the_configuration_says_how_large(options, bucket):
+    config = Config(model=ModelConfig(), deepspeed={"zero_optimization": options})
+    held, _ = rank_memory(config, 1000, work(stage=3))
+    total = num_parameters(config.model, 1000)
+    assert held == state(config.model, 1000, 3, 4, 2, bucket or total)
 
 
 def test_checkpoints_off_the_device_leave_two_streams_of_tokens_on_it():
@@ -98,4 +203,9 @@ def test_in_the_first_backward_of_a_step_gradients_take_the_place_of_activations
     made = activations(ModelConfig(), 1000, Load(5000, 1, 250), MemoryConfig(), 4096, 4)
     assert peak(held, made, 2) == held.kept + max(made.total + held.backward, held.step)
     assert peak(held, made, 1) == held.kept + max(made.total, held.backward, held.step)
-    assert math.isfinite(peak(held, replace(made, layers=0.0), 1))
+
+
+def test_the_optimizers_step_finds_no_activations():
+    held = replace(state(ModelConfig(), 1000, 1, 4, 4, 1000), step=1e12)
+    made = activations(ModelConfig(), 1000, Load(5000, 1, 250), MemoryConfig(), 4096, 4)
+    assert peak(held, made, 2) == peak(held, made, 1) == held.kept + 1e12

@@ -8,7 +8,7 @@ from cctrain.cost.step import step_traffic
 from cctrain.cost.traffic import (
     FETCHED_AHEAD,
     MOST_RANKS_TO_GATHER,
-    PERSISTENT_BELOW,
+    PERSISTENT_UP_TO,
     SENT,
     Collective,
     exchange_of_a_layer,
@@ -24,7 +24,9 @@ from tests.cost.conftest import ZERO_MODEL, ZERO_RANKS
 @pytest.mark.processes
 def test_zero_sends_what_the_formulas_say(even_store, zero_trainings):
     num_genes = len(even_store.genes.ids)
-    assert any(size >= PERSISTENT_BELOW for _, size, _ in parameter_tensors(ZERO_MODEL, num_genes))
+    sizes = {size for _, size, _ in parameter_tensors(ZERO_MODEL, num_genes)}
+    assert min(sizes) < PERSISTENT_UP_TO < max(sizes)
+    assert PERSISTENT_UP_TO in sizes
     for step in zero_trainings:
         assert step["micro_batches"] > 1
         element_bytes = 4 if step["precision"] == "fp32" else 2
@@ -50,11 +52,23 @@ def test_one_rank_sends_nothing():
     assert sent("all_reduce", 100, ranks=1) == 0
 
 
+def test_dense_attention_has_no_latents_to_exchange():
+    assert exchange_of_a_layer(ModelConfig(attention="dense"), 5, ranks=8) == []
+
+
 def test_a_model_that_does_not_stay_whole_is_gathered_for_forward_and_for_backward():
     large = ModelConfig(width=1024, depth=3)
     assert num_parameters(large, 20_000) > FETCHED_AHEAD
     _, gathered, _ = zero(large, 20_000, 3, 2, ranks=8, micro_batches=3)
     assert gathered.times == 6
+
+
+@pytest.mark.parametrize("element_bytes", [2, 4])
+def test_a_model_that_stays_whole_is_gathered_once_for_each_micro_batch(element_bytes):
+    small = ModelConfig(width=512, depth=3)
+    assert FETCHED_AHEAD / 2 < num_parameters(small, 20_000) < FETCHED_AHEAD
+    _, gathered, _ = zero(small, 20_000, 3, element_bytes, ranks=8, micro_batches=3)
+    assert gathered.times == 3
 
 
 def test_up_to_eight_ranks_gather_what_latents_read_and_more_of_them_reduce_it():

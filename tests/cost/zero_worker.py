@@ -34,7 +34,7 @@ OPERATIONS = {
 }
 # Numbers about a step: how many targets it has, whether its gradient is finite, its norm.
 ABOUT_A_STEP, LARGEST_ABOUT_A_STEP = "allgather_", 8  # an operation; bytes of others
-GLOBAL_BATCH, MICRO_BATCH_TOKENS = 8, 100
+GLOBAL_BATCH, MICRO_BATCH_TOKENS = 8, 500
 
 
 class Recorder(TorchDispatchMode):

@@ -1,0 +1,39 @@
+"""What one rank does in a step, laid out from the configuration."""
+
+import pytest
+
+from cctrain.cost.work import Load
+from tests.cost.conftest import work
+
+
+def test_micro_batches_hold_as_many_contexts_as_fit_into_their_tokens():
+    assert work().micro_batches == 1
+    assert work(micro_batch_tokens=2999).micro_batches == 2
+    assert work(micro_batch_tokens=10).micro_batches == 4  # a context is never cut
+
+
+def test_a_rank_holds_of_a_micro_batch_its_contexts_with_their_tokens_and_targets():
+    assert work().load == Load(tokens=4000, contexts=4, targets=200)
+    assert work(micro_batch_tokens=2999).load == Load(tokens=2000, contexts=2, targets=100)
+
+
+def test_ranks_that_share_a_context_hold_a_part_of_its_tokens_and_of_its_targets_and_more_contexts():
+    assert work(context_ranks=2).load == Load(tokens=4000, contexts=8, targets=200)
+
+
+def test_where_ranks_have_unequal_numbers_of_contexts_it_is_the_rank_with_most():
+    assert work(ranks=3).load.contexts == 3
+
+
+@pytest.mark.parametrize(("precision", "element_bytes"), [("fp32", 4), ("bf16", 2), ("fp16", 2)])
+def test_elements_have_the_bytes_of_the_precision(precision, element_bytes):
+    assert work(precision=precision).element_bytes == element_bytes
+
+
+def test_tiles_are_those_of_the_device_unless_the_configuration_has_its_own():
+    assert work().tile_tokens == 256
+    assert work(tile_tokens=64).tile_tokens == 64
+
+
+def test_the_stage_is_that_of_the_configuration():
+    assert work(stage=3).zero_stage == 3
