@@ -1,5 +1,6 @@
 """The formulas of memory beside what PyTorch's allocator gave out."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pytest
@@ -21,6 +22,15 @@ SHAPES = {
     "wide latents": ModelConfig(width=32, depth=3, heads=2, latents=64, latent_width=96),
     "dense": ModelConfig(attention="dense", width=48, depth=2, heads=2),
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Each other one takes PyTorch's dense attention in 16 bit up to 2 MB on a CPU, more than shapes that are quick."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

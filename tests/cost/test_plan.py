@@ -12,7 +12,6 @@ from cctrain.cost.plan import (
     KINDS,
     LENGTHS,
     dense_traffic,
-    duration,
     memory_of,
     row,
     rows,
@@ -126,10 +125,3 @@ def test_where_sending_takes_no_time_dense_attention_loses_nothing_by_sharing_a_
     found = row("dense, ring", 10_000_000, 64, network)
     assert found.context_ranks == 64
     assert found.efficiency == pytest.approx(1, abs=0.01)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.5, "0.50 s"), (119, "119.00 s"), (600, "10.0 min"), (7200, "2.0 h"), (432_000, "5.0 days")]
-)
-def test_a_duration_is_told_in_the_largest_unit_of_which_it_has_two(seconds, text):
-    assert duration(seconds) == text
