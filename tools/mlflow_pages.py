@@ -54,6 +54,12 @@ def search_charts(page: Page, pattern: str) -> list[str]:
     return [metric for metric in wait_for_charts(page) if re.search(pattern, metric)]
 
 
+def unfold_description(page: Page) -> None:
+    """On the overview of a run; MLflow shows the first lines of a long one."""
+    page.get_by_text("Show more", exact=True).click()
+    expect(page.get_by_text("Show less", exact=True)).to_be_visible()
+
+
 def child_runs(page: Page) -> Locator:
     """On the overview of a parent run, the links to its children."""
     return page.get_by_test_id("key-value-Child runs").get_by_role("link")

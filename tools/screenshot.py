@@ -26,13 +26,14 @@ from tools.mlflow_pages import (
     child_runs,
     comparison_address,
     search_charts,
+    unfold_description,
     wait_for_charts,
     wait_for_comparison,
     wait_for_figure,
 )
 
 NOT_SEEN = 1
-HEIGHTS = {"charts": 2650, "compare": 1050, "sweep": 800}
+HEIGHTS = {"charts": 2650, "compare": 1150, "sweep": 900}
 FIGURE = "figures/cost.png"
 _BUTTONS_OVER_A_CHART = ".modebar-container { visibility: hidden !important; }"  # which a mouse brings up
 
@@ -86,9 +87,9 @@ def photograph_charts(browser: BrowserPage, server: str, page: Page, options: ar
 def photograph_comparison(browser: BrowserPage, server: str, page: Page, options: argparse.Namespace) -> dict[str, Any]:
     other = find_page(options.other, page.uri)
     pages = [page, other]
-    browser.goto(comparison_address(server, [p.experiment_id for p in pages], [p.run_id for p in pages]))
+    experiments = list(dict.fromkeys(p.experiment_id for p in pages))
+    browser.goto(comparison_address(server, experiments, [p.run_id for p in pages]))
     names, metrics = wait_for_comparison(browser)
-    browser.get_by_role("button", name="Artifacts").click()
     options.out.write_bytes(picture(browser))
     return {"address": browser.url, "runs": names, "metrics": metrics}
 
@@ -98,11 +99,13 @@ def photograph_sweep(browser: BrowserPage, server: str, page: Page, options: arg
     browser.goto(run_page(server, page.experiment_id, page.run_id, "overview"))
     child_runs(browser).first.wait_for()
     children = child_runs(browser).all_inner_texts()
+    unfold_description(browser)
     words = picture(browser)
     browser.goto(run_page(server, page.experiment_id, page.run_id, f"artifacts/{FIGURE}"))
     width = wait_for_figure(browser, FIGURE)
     browser.get_by_text("Path: ").evaluate("path => path.parentElement.style.visibility = 'hidden'")  # of this machine
-    one_above_the_other([words, picture(browser)]).save(options.out, optimize=True)
+    # Of 256 colours, so that a README can show it.
+    one_above_the_other([words, picture(browser)]).quantize(256).save(options.out, optimize=True)
     return {"address": browser.url, "children": children, "figure": FIGURE, "figure_width": width}
 
 

@@ -25,6 +25,7 @@ from tools.mlflow_pages import (
     comparison_address,
     row_of_run,
     runs_address,
+    unfold_description,
     wait_for_charts,
     wait_for_comparison,
     wait_for_figure,
@@ -183,6 +184,7 @@ def test_the_page_of_a_run_says_in_words_what_it_is_and_how_to_read_it(
     page: Page, served: Served, run: str, said: list[str]
 ) -> None:
     page.goto(served.page(run, "overview"))
+    unfold_description(page)
     for words in said:
         expect(page.get_by_text(words).first).to_be_visible()
 

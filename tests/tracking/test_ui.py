@@ -15,7 +15,7 @@ import pytest
 
 from cctrain.errors import UsageError
 from cctrain.tracking.projection import sync
-from cctrain.tracking.ui import find_page, run_page, running_server, serve
+from cctrain.tracking.ui import Page, find_page, run_page, running_server, serve
 
 MakeRun = Callable[..., Path]
 
@@ -71,6 +71,14 @@ def test_without_a_run_the_newest_below_runs_is_shown(
 def test_without_any_run_the_error_says_what_to_pass() -> None:
     with pytest.raises(UsageError, match="pass a run directory"):
         find_page(None)
+
+
+def test_the_page_of_a_scaling_sweep_is_where_it_was_sent(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    (tmp_path / "mlflow.json").write_text(json.dumps({"uri": uri, "experiment_id": "1", "run_id": "abc"}))
+    assert find_page(tmp_path) == find_page(tmp_path, uri) == Page(uri, tmp_path, "1", "abc")
+    with pytest.raises(UsageError, match=r"metrics\.jsonl"):
+        find_page(tmp_path, f"sqlite:///{tmp_path}/other.db")
 
 
 def test_a_folder_without_a_journal_is_a_usage_error(tmp_path: Path) -> None:
