@@ -1,12 +1,10 @@
 """The whole life of a run through the command line, and every kind of bad input: exit code and message."""
 
 import json
-import logging
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +22,7 @@ from cctrain.run_directory import open_run, write_vocabulary
 from cctrain.tracking.journal import Journal, read_journal
 from cctrain.training.data import resolve
 from cctrain.training.guards import read_outcome, write_outcome
-from tests.commands import cctrain
+from tests.commands import cctrain, refusal
 from tests.data.conftest import gene_ids, write_10x, write_h5ad
 
 CELL_YAML = Path(__file__).parents[1] / "configs" / "cell.yaml"
@@ -127,31 +125,6 @@ def trained(lab: Lab) -> Lab:
     done = succeed(lab.folder, "train", str(CELL_YAML), *overrides)
     assert done.out == "next: cctrain evaluate runs/cell\n", "DeepSpeed or another speaks on standard output"
     return lab
-
-
-@pytest.fixture
-def fail(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
-    """Runs a command in this process, checks its exit code and that there is no traceback; returns the message."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_JOB_ID"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # a training sets its own
-    handlers = list(logging.getLogger().handlers)
-
-    def run(code: int, *arguments: str) -> str:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            app([str(argument) for argument in arguments])
-        shown = capfd.readouterr()
-        assert ended.value.code == code, shown.err
-        assert "Traceback" not in shown.err
-        assert shown.out == ""
-        return shown.err
-
-    yield run
-    for handler in set(logging.getLogger().handlers) - set(handlers):
-        logging.getLogger().removeHandler(handler)
-        handler.close()
 
 
 def steps_of(run: Path) -> list[dict]:
@@ -290,42 +263,42 @@ def train_arguments(lab: Lab, tmp_path: Path) -> tuple[str, ...]:
     return ("train", str(CELL_YAML), f"data.store={lab.folder / 'mine'}", f"run.dir={tmp_path / 'run'}", *SMALL)
 
 
-def test_a_misspelt_key_is_named_with_the_right_one(fail, train_arguments):
-    message = fail(2, *train_arguments, "training.learningrate=1e-3")
+def test_a_misspelt_key_is_named_with_the_right_one(train_arguments):
+    message = refusal(2, *train_arguments, "training.learningrate=1e-3")
     assert "training.learningrate" in message
     assert "did you mean training.learning_rate?" in message
 
 
-def test_a_value_of_the_wrong_type_is_refused(fail, train_arguments):
-    assert "training.steps" in fail(2, *train_arguments, "training.steps=many")
+def test_a_value_of_the_wrong_type_is_refused(train_arguments):
+    assert "training.steps" in refusal(2, *train_arguments, "training.steps=many")
 
 
-def test_a_missing_configuration_file_is_named(fail, tmp_path):
-    assert "no configuration file" in fail(2, "train", tmp_path / "no.yaml")
+def test_a_missing_configuration_file_is_named(tmp_path):
+    assert "no configuration file" in refusal(2, "train", tmp_path / "no.yaml")
 
 
-def test_a_training_without_a_store_says_which_key_is_missing(fail, tmp_path):
-    assert "data.store" in fail(2, "train", CELL_YAML, f"run.dir={tmp_path / 'run'}")
+def test_a_training_without_a_store_says_which_key_is_missing(tmp_path):
+    assert "data.store" in refusal(2, "train", CELL_YAML, f"run.dir={tmp_path / 'run'}")
 
 
-def test_a_store_that_is_not_there_is_named(fail, train_arguments, tmp_path):
-    message = fail(3, *train_arguments, f"data.store={tmp_path / 'nowhere'}")
+def test_a_store_that_is_not_there_is_named(train_arguments, tmp_path):
+    message = refusal(3, *train_arguments, f"data.store={tmp_path / 'nowhere'}")
     assert "nowhere" in message
     assert "cctrain prepare" in message
 
 
-def test_a_store_that_was_cut_short_is_refused(fail, train_arguments, lab, tmp_path):
+def test_a_store_that_was_cut_short_is_refused(train_arguments, lab, tmp_path):
     shutil.copytree(lab.folder / "mine", tmp_path / "cut")
     files = [file for file in (tmp_path / "cut" / "cells.zarr").rglob("*") if file.is_file()]
     largest = max(files, key=lambda file: file.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-3])
-    message = fail(3, *train_arguments, f"data.store={tmp_path / 'cut'}")
+    message = refusal(3, *train_arguments, f"data.store={tmp_path / 'cut'}")
     assert str(largest) in message
     assert "cut short" in message
 
 
-def test_another_store_than_the_digest_names_is_refused(fail, train_arguments):
-    message = fail(3, *train_arguments, "data.digest=feed")
+def test_another_store_than_the_digest_names_is_refused(train_arguments):
+    message = refusal(3, *train_arguments, "data.digest=feed")
     assert "feed" in message
     assert "another store" in message
 
@@ -337,11 +310,9 @@ def test_another_store_than_the_digest_names_is_refused(fail, train_arguments):
         ("data.micro_batch_tokens=1000000000000", "memory.offload=disk needs up to"),
     ],
 )
-def test_activations_that_will_find_no_room_on_disk_are_refused_before_a_step(
-    fail, train_arguments, tmp_path, change, shown
-):
+def test_activations_that_will_find_no_room_on_disk_are_refused_before_a_step(train_arguments, tmp_path, change, shown):
     offloaded = ("memory.checkpointing=true", "memory.offload=disk", f"memory.offload_dir={tmp_path}")
-    assert shown in fail(2, *train_arguments, *offloaded, change.format(tmp_path=tmp_path))
+    assert shown in refusal(2, *train_arguments, *offloaded, change.format(tmp_path=tmp_path))
 
 
 def begun_run(folder: Path, arguments: tuple[str, ...]) -> Path:
@@ -358,99 +329,94 @@ def begun_run(folder: Path, arguments: tuple[str, ...]) -> Path:
     return folder
 
 
-def test_a_run_of_another_configuration_is_not_continued_and_the_differences_are_listed(
-    fail, train_arguments, tmp_path
-):
+def test_a_run_of_another_configuration_is_not_continued_and_the_differences_are_listed(train_arguments, tmp_path):
     run = begun_run(tmp_path / "run", train_arguments)
     kept = (run / "config.yaml").read_bytes()
     changes = ("model.depth=3", "run.seed=7", "training.steps=9", "checkpoint.every=4")
-    message = fail(2, *train_arguments, *changes)
+    message = refusal(2, *train_arguments, *changes)
     assert [line.strip() for line in message.splitlines() if " → " in line] == ["run.seed: 0 → 7", "model.depth: 2 → 3"]
     assert "run.dir=DIR" in message
     assert (run / "config.yaml").read_bytes() == kept
     assert (run / "outcome").read_text() == "failed\n"
-    assert "training.steps: 6 → 9" in fail(2, *train_arguments, *changes[2:])
+    assert "training.steps: 6 → 9" in refusal(2, *train_arguments, *changes[2:])
 
 
 @pytest.mark.parametrize(("override", "code"), [("training.steps=9", 2), ("data.digest=feed", 3)])
-def test_a_refused_start_leaves_the_outcome_of_the_attempt_before(fail, train_arguments, tmp_path, override, code):
+def test_a_refused_start_leaves_the_outcome_of_the_attempt_before(train_arguments, tmp_path, override, code):
     run = begun_run(tmp_path / "run", train_arguments)
     write_outcome(run, "finished")
-    fail(code, *train_arguments, override)
+    refusal(code, *train_arguments, override)
     assert read_outcome(run) == "finished"
 
 
-def test_another_store_under_the_same_run_is_refused(fail, train_arguments, tmp_path):
+def test_another_store_under_the_same_run_is_refused(train_arguments, tmp_path):
     begun_run(tmp_path / "run", train_arguments)
     write_h5ad(tmp_path / "other.h5ad", two_types(seed=4))
     cctrain("prepare", tmp_path / "other.h5ad", f"--out={tmp_path / 'other'}", "--min-genes=5", "--min-cells=1")
-    assert "  data.digest: " in fail(2, *train_arguments, f"data.store={tmp_path / 'other'}")
+    assert "  data.digest: " in refusal(2, *train_arguments, f"data.store={tmp_path / 'other'}")
 
 
-def test_fp16_on_a_cpu_is_refused(fail, train_arguments):
-    assert "training.precision=fp16 needs a GPU" in fail(2, *train_arguments, "training.precision=fp16")
+def test_fp16_on_a_cpu_is_refused(train_arguments):
+    assert "training.precision=fp16 needs a GPU" in refusal(2, *train_arguments, "training.precision=fp16")
 
 
-def test_a_context_that_is_too_long_is_refused_before_the_run_directory_is_taken(fail, train_arguments, tmp_path):
-    message = fail(2, *train_arguments, "data.micro_batch_tokens=50")
+def test_a_context_that_is_too_long_is_refused_before_the_run_directory_is_taken(train_arguments, tmp_path):
+    message = refusal(2, *train_arguments, "data.micro_batch_tokens=50")
     assert "data.micro_batch_tokens=50" in message
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 @pytest.mark.parametrize(("value", "shown"), [(-1.0, "-1"), (0.5, "0.5")])
-def test_values_that_are_no_counts_are_refused_with_their_cell_and_gene(fail, tmp_path, value, shown):
+def test_values_that_are_no_counts_are_refused_with_their_cell_and_gene(tmp_path, value, shown):
     counts = two_types().astype(np.float64)
     counts[7, 11] = value
     write_h5ad(tmp_path / "bad.h5ad", counts)
-    message = fail(3, "prepare", tmp_path / "bad.h5ad", "--out", tmp_path / "store", "--counts=X")
+    message = refusal(3, "prepare", tmp_path / "bad.h5ad", "--out", tmp_path / "store", "--counts=X")
     assert shown in message
     assert "cell7" in message
     assert gene_ids(12)[11] in message
     assert not (tmp_path / "store").exists()
 
 
-def test_columns_with_the_same_gene_are_added_and_reported(tmp_path, capfd):
+def test_columns_with_the_same_gene_are_added_and_reported(tmp_path):
     genes = gene_ids(150)
     genes[5] = genes[4]
     write_h5ad(tmp_path / "twice.h5ad", two_types(), genes=genes)
-    with pytest.raises(SystemExit) as ended:
-        app(["prepare", str(tmp_path / "twice.h5ad"), f"--out={tmp_path / 'store'}", "--min-genes=5", "--json"])
-    shown = capfd.readouterr()
-    assert ended.value.code == 0
-    assert "1 columns with the id of another gene were added to it" in shown.err
-    assert json.loads(shown.out)["sources"][0]["num_duplicate_genes"] == 1
+    done = cctrain("prepare", tmp_path / "twice.h5ad", f"--out={tmp_path / 'store'}", "--min-genes=5", "--json")
+    assert "1 columns with the id of another gene were added to it" in done.stderr
+    assert json.loads(done.stdout)["sources"][0]["num_duplicate_genes"] == 1
 
 
-def test_quality_control_that_leaves_no_cell_says_which_rule_it_was(fail, lab, tmp_path):
-    message = fail(3, "prepare", lab.folder / "cells.h5ad", f"--out={tmp_path / 'store'}", "--min-genes=1000")
+def test_quality_control_that_leaves_no_cell_says_which_rule_it_was(lab, tmp_path):
+    message = refusal(3, "prepare", lab.folder / "cells.h5ad", f"--out={tmp_path / 'store'}", "--min-genes=1000")
     assert "No cell passes quality control" in message
     assert "min_genes" in message
 
 
-def test_evaluate_needs_a_run(fail, tmp_path):
-    assert "is not a run directory" in fail(2, "evaluate", tmp_path)
+def test_evaluate_needs_a_run(tmp_path):
+    assert "is not a run directory" in refusal(2, "evaluate", tmp_path)
 
 
 @pytest.mark.parametrize("command", ["evaluate", "embed"])
-def test_a_run_that_has_not_saved_yet_has_no_weights(fail, lab, train_arguments, tmp_path, command):
+def test_a_run_that_has_not_saved_yet_has_no_weights(lab, train_arguments, tmp_path, command):
     run = begun_run(tmp_path / "run", train_arguments)
     arguments = [lab.folder / "cells.h5ad", f"--out={tmp_path / 'out.h5ad'}"] if command == "embed" else []
-    assert "no weights yet: neither weights.safetensors nor a checkpoint" in fail(4, command, run, *arguments)
+    assert "no weights yet: neither weights.safetensors nor a checkpoint" in refusal(4, command, run, *arguments)
 
 
 @pytest.mark.parametrize("command", ["evaluate", "embed"])
-def test_damaged_weights_are_refused(fail, lab, train_arguments, tmp_path, command):
+def test_damaged_weights_are_refused(lab, train_arguments, tmp_path, command):
     run = begun_run(tmp_path / "run", train_arguments)
     (run / "weights.safetensors").write_bytes(b"\x10" + b"\x00" * 40)
     arguments = [lab.folder / "cells.h5ad", f"--out={tmp_path / 'out.h5ad'}"] if command == "embed" else []
-    assert "weights.safetensors" in fail(4, command, run, *arguments)
+    assert "weights.safetensors" in refusal(4, command, run, *arguments)
 
 
 @pytest.mark.slow
 @pytest.mark.representative
-def test_embedding_a_file_of_other_genes_says_what_both_look_like(fail, trained, tmp_path):
+def test_embedding_a_file_of_other_genes_says_what_both_look_like(trained, tmp_path):
     source = write_10x(tmp_path / "mouse", two_types(5), genes=[f"ENSMUSG{i:011d}" for i in range(150)])
-    message = fail(3, "embed", trained.run, source, f"--out={tmp_path / 'out.h5ad'}")
+    message = refusal(3, "embed", trained.run, source, f"--out={tmp_path / 'out.h5ad'}")
     assert "none of its 150 genes" in message
     assert "ENSMUSG" in message
     assert not (tmp_path / "out.h5ad").exists()

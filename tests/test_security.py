@@ -3,6 +3,7 @@
 import base64
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -148,9 +149,9 @@ class _Bomb:
 
 
 @pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One for all: MLflow takes seconds to create it."""
-    return f"sqlite:///{tmp_path_factory.mktemp('tracking')}/mlflow.db"
+def database(empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One for all: MLflow takes a while to open each."""
+    return f"sqlite:///{shutil.copy(empty_database, tmp_path_factory.mktemp('tracking'))}"
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
-"""A plausible run without a trainer: directory, configuration, journal; and one empty MLflow database."""
+"""A plausible run without a trainer: directory, configuration, journal."""
 
 import math
-import shutil
 import socket
 import uuid
 from collections.abc import Callable, Iterator
@@ -23,25 +22,6 @@ def _outside_slurm_in_an_empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.chdir(folder)
     yield
     assert not list(folder.iterdir()), "something was written to the current directory"
-
-
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The schema takes MLflow seconds to create, so it is created once and copied."""
-    import mlflow
-
-    path = tmp_path_factory.mktemp("schema") / "mlflow.db"
-    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
-@pytest.fixture
-def database(empty_database: Path, tmp_path: Path) -> str:
-    """URI of a fresh database beside the runs of this test."""
-    path = tmp_path / "runs" / "mlflow.db"
-    path.parent.mkdir(exist_ok=True)
-    shutil.copyfile(empty_database, path)
-    return f"sqlite:///{path}"
 
 
 @pytest.fixture

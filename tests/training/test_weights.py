@@ -7,6 +7,7 @@ import pytest
 
 from cctrain.data.store.store import TokenStore
 from cctrain.tracking.journal import read_journal
+from tests.commands import refusal
 from tests.data.conftest import prepared, write_h5ad
 from tests.trainer import Trainer
 from tests.training.conftest import unequal_counts
@@ -30,14 +31,14 @@ def test_a_run_follows_its_weights_and_never_others(tiny_config, tmp_path):
     store, other = (store_with_weights(tmp_path / str(half), half) for half in (0, 1))
     assert store.digest == other.digest
     run, little = tmp_path / "run", ("training.steps=2", "evaluation.every=0")
+    train = ("train", tiny_config, f"run.dir={run}")
     with Trainer(tiny_config, store, tmp_path) as trainer:
         # A slip of the pen is refused before anything of the run is written down.
-        assert "it has" in trainer.run(run, 2, *little, "data.weights=weights")
+        assert "it has" in refusal(2, *train, f"data.store={store.path}", *little, "data.weights=weights")
         trainer.run(run, 0, *little, "data.weights=weight")
         assert num_steps(run) == 2
         more = ("training.steps=4", "--accept-changes", "evaluation.every=0", "data.weights=weight")
-        refusal = trainer.run(run, 2, *more, f"data.store={other.path}")
-        assert "data.weights_digest" in refusal
+        assert "data.weights_digest" in refusal(2, *train, f"data.store={other.path}", *more)
         assert num_steps(run) == 2
         trainer.run(run, 0, *more)
         assert num_steps(run) == 4

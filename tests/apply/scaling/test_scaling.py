@@ -41,9 +41,10 @@ def arguments(tmp_path: Path, database: str) -> list[str]:
 
 @pytest.fixture
 def quick_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Points take no time."""
+    """Points take no time, nor do pictures."""
     lawful = lambda point, *_: timings(point)  # noqa: E731
     monkeypatch.setattr(command, "sweep", lambda folder, plan, rows: sweep(folder, plan, rows, lawful))
+    monkeypatch.setattr("cctrain.apply.scaling.figures.draw_figures", lambda rows, found, folder: [])
 
 
 def out_of_memory() -> dict[str, Any]:
