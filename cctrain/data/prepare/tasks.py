@@ -191,8 +191,8 @@ def _work(pipe: Connection) -> None:
                 pipe.send(("error", error))
             except Exception:
                 pipe.send(("error", RuntimeError(f"in a worker process:\n{traceback.format_exc()}")))
-    # Leaving already, which an exception would disturb. With SIG_IGN, Python would print a traceback about a signal that
-    # it has received and not handled yet.
+    # Leaving already, which an exception would disturb. With SIG_IGN, Python would print a traceback about a signal
+    # that it has received and not handled yet.
     signal.signal(signal.SIGTERM, lambda *_: None)
 
 
