@@ -7,6 +7,7 @@ import json
 import re
 
 from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import TimeoutError as NotSeenError
 
 from cctrain.tracking.ui import MODEL_TRAINING
 
@@ -56,8 +57,13 @@ def search_charts(page: Page, pattern: str) -> list[str]:
 
 def unfold_description(page: Page) -> None:
     """On the overview of a run; MLflow shows the first lines of a long one."""
-    page.get_by_text("Show more", exact=True).click()
-    expect(page.get_by_text("Show less", exact=True)).to_be_visible()
+    button = page.get_by_role("button", name="Expand description")
+    try:
+        button.wait_for(timeout=20_000)
+    except NotSeenError:  # MLflow 3.17 left it out twice, on a busy machine
+        page.reload()
+    button.click()
+    expect(page.get_by_role("button", name="Collapse description")).to_be_visible()
 
 
 def child_runs(page: Page) -> Locator:
