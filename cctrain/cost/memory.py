@@ -31,12 +31,12 @@ elements of e bytes (4 or 2; the token stream always has 4), tiles of t tokens, 
     streams             4 n d, of gradients                         4 n d (L + 1)
     layers              L n (8 d + 15 e d + 4 H + 24) + 2 n e d     0
                         (dense: 14 e d)
-    working             4 t e d                                     t (4 d + 16 e d + 4 H) + 2 k M e d, or of the
-                        (dense: or n e d)                           latents k M (20 d_l + 10 e d_l - 2 e d)
+    working             4 t e d, or of the latents                  t (4 d + 16 e d + 4 H) + 2 k M e d, or of the
+                        4 k M e d_l                                 latents k M (20 d_l + 10 e d_l - 2 e d)
                                                                     (dense: n (8 d + 15 e d + 4 H + 24))
     or of the head      T (16 d + 4 d t/n + 40)                     4 n d + T (2 e d + 22 d t/n + 40)
-    latents             k M L (8 d_l + 11 e d_l + 4 e d)            k M (4 d_l (L - 1) + 4 e d L)
-    pack                30 n                                        30 n
+    latents             k M (L (8 d_l + 11 e d_l + 4 e d) + 4 d_l)  k M (4 d_l (L - 1) + 4 e d L)
+    pack                17 n                                        17 n
     gene vectors        V d e, the gradient of their look-up        V d e
 
 In 16 bit without checkpointing a tile and the head need 2 d more, t and T times; with it the latents that all contexts
@@ -52,7 +52,7 @@ from cctrain.cost.parameters import num_parameters, parameters_of_a_layer
 from cctrain.cost.traffic import FETCHED_AHEAD
 from cctrain.cost.work import Load, Work
 
-STREAM_BYTES, PACK_BYTES, TARGET_BYTES = 4, 30, 40
+STREAM_BYTES, PACK_BYTES, TARGET_BYTES = 4, 17, 40
 LARGEST_BUCKET = 500_000_000  # numbers; DeepSpeed's own default
 
 
@@ -137,8 +137,8 @@ def activations(
         return ActivationMemory(
             streams=stream,
             layers=depth * n * (in_a_layer - (e * d if dense else 0)) + n * 2 * e * d,
-            working=max(tile * (4 * e * d + copied), n * e * d if dense else 0, head),
-            latents=latents * depth * (8 * latent_width + 11 * e * latent_width + 4 * e * d),
+            working=max(tile * (4 * e * d + copied), latents * 4 * e * latent_width, head),
+            latents=latents * (depth * (8 * latent_width + 11 * e * latent_width + 4 * e * d) + 4 * latent_width),
             **shared,
         )
     head = load.targets * (2 * e * d + 22 * d * tile / n + TARGET_BYTES)

@@ -78,20 +78,26 @@ def test_a_forward_and_backward_need_what_the_formula_says(config, checkpointing
 
 # A term that is too large or too small shows where little else grows.
 SHORT, FEW_TOKENS = {"tile": 64, "targets": 12}, {"lengths": (1000,), "tile": 125}
+NARROW = {"width": 2, "heads": 1}
 GROWTH = {
     "tokens": ({"lengths": (1024,)}, {"lengths": (4096,)}),
+    "tokens of one tile": ({"lengths": (200,), "tile": 4096}, {"lengths": (800,), "tile": 4096}),
+    "narrow tokens": ({"lengths": (1024,), **NARROW}, {"lengths": (4096,), **NARROW}),
+    "tokens of one layer": ({"lengths": (1024,), "depth": 1}, {"lengths": (4096,), "depth": 1}),
     "genes": ({"genes": 2000}, {"genes": 8000}),
     "depth": ({"depth": 2}, {"depth": 6}),
-    "heads": ({"heads": 2}, {"heads": 24}),
+    "narrow depth": ({"depth": 2, **NARROW}, {"depth": 6, **NARROW}),
+    "heads": ({"heads": 2, "lengths": (2000,)}, {"heads": 24, "lengths": (2000,)}),
     "contexts": ({"lengths": (64,) * 4, **SHORT}, {"lengths": (16,) * 16, **SHORT}),
     "latents": ({"latents": 16}, {"latents": 64}),
     "many latents": ({"latents": 1000, **FEW_TOKENS}, {"latents": 2000, **FEW_TOKENS}),
     "tile": ({"tile": 500}, {"tile": 1500}),
     "targets": ({"targets": 1500, "tile": 200}, {"targets": 3000, "tile": 200}),
-    "targets of one tile": ({"targets": 2500, "tile": 3000}, {"targets": 3000, "tile": 3000}),
+    "targets of one tile": ({"targets": 150, "tile": 3000}, {"targets": 3000, "tile": 3000}),
 }
 OF_DENSE_ATTENTION = {"tokens", "genes", "depth", "heads"}
-WITHOUT_CHECKPOINTING = {"targets of one tile"}  # with it, one layer of the tile needs more
+WITHOUT_CHECKPOINTING = {"targets of one tile", "tokens of one layer"}  # with it, a tile in its layer needs more
+NEARLY_EXACT = {"genes", "depth", "tokens of one layer", "latents", "many latents", "targets"}
 
 
 @pytest.mark.parametrize(
@@ -110,7 +116,8 @@ def test_more_of_a_quantity_needs_as_much_more_as_the_formula_says(quantity, att
     model = ModelConfig(attention=attention, width=48, depth=2, heads=2, latents=16)
     setting = Setting(model, checkpointing=checkpointing, element_bytes=element_bytes)
     less, more = (grown(setting, **to) for to in GROWTH[quantity])
-    assert computed(more) - computed(less) == pytest.approx(measured(more) - measured(less), rel=TOLERANCE)
+    tolerance = 0.03 if quantity in NEARLY_EXACT and not checkpointing else TOLERANCE
+    assert computed(more) - computed(less) == pytest.approx(measured(more) - measured(less), rel=tolerance)
 
 
 def grown(setting: Setting, **to: object) -> Setting:
@@ -206,6 +213,15 @@ def test_checkpoints_off_the_device_leave_two_streams_of_tokens_on_it():
     assert away.streams == 2 * stream
     assert away.offloaded == 31 * stream
     assert away.total == away.streams + away.working + away.latents + away.pack
+
+
+@pytest.mark.parametrize(
+    ("attention", "element_bytes", "copied"), [("criss_cross", 2, 4 * 64 * 96), ("criss_cross", 4, 0), ("dense", 2, 0)]
+)
+def test_the_latents_that_contexts_begin_with_are_copied_where_they_are_in_16_bit(attention, element_bytes, copied):
+    model = ModelConfig(attention=attention, latents=64, latent_width=96)
+    made = activations(model, 1000, Load(5000, 0, 250), MemoryConfig(True), 4096, element_bytes)
+    assert made.latents == copied
 
 
 def test_in_the_first_backward_of_a_step_gradients_take_the_place_of_activations():

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from cctrain.cost.parameters import num_parameters, parameter_tensors, parameters_by_component
+from cctrain.cost.parameters import num_parameters, parameter_tensors, parameters_by_component, parameters_of_a_layer
 from tests.cost.counting import MODELS, built
 
 PARTS = {
@@ -37,3 +37,9 @@ def test_every_tensor_of_every_component_is_counted_exactly(config, num_genes, c
     by_component = {part: sum(size * number for (of, size), number in found.items() if of == part) for part in PARTS}
     assert parameters_by_component(config, num_genes) == by_component
     assert num_parameters(config, num_genes) == sum(by_component.values())
+
+
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS.keys())
+def test_the_parameters_of_a_layer_are_counted_exactly(config):
+    layer = built(config).layers[0]
+    assert parameters_of_a_layer(config) == sum(parameter.numel() for parameter in layer.parameters())

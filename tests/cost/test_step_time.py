@@ -163,6 +163,15 @@ def test_every_profile_is_of_a_device_below_its_peak(name, precision):
     assert not device.measured
 
 
+def test_a_device_reaches_the_share_of_its_data_sheet_that_is_said_to_be_attained():
+    device = load_device("h100", "bf16")
+    assert (device.products, device.attention) == pytest.approx((0.6 * 989e12, 0.35 * 989e12))
+    assert (device.inside, device.between) == pytest.approx((0.7 * 450e9, 0.7 * 50e9))
+    assert device.elementwise == pytest.approx(0.75 * 3.35e12)
+    assert device.parameter_seconds == pytest.approx(90 / device.elementwise)  # bytes
+    assert device.target_seconds == pytest.approx(1000 / device.elementwise)
+
+
 def test_a_profile_of_ones_own_is_a_file_of_the_same_form(tmp_path: Path):
     own = tmp_path / "own.yaml"
     own.write_text((FOLDER / "h100.yaml").read_text().replace("name: NVIDIA H100 SXM", "name: ours"))
