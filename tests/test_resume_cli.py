@@ -32,7 +32,7 @@ from tests.training.conftest import unequal_counts
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
-STEPS, STEPS_OF_TWO = 400, 160
+STEPS, STEPS_OF_TWO = 200, 160
 CONFIG = f"""
 data: {{global_batch: 10, block: 4, mixed_blocks: 3}}
 model: {{width: 16, depth: 2, heads: 2, latents: 4, latent_width: 8}}
