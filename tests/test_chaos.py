@@ -29,7 +29,7 @@ def check(result: dict[str, Any], kills: int) -> None:
 @pytest.mark.processes
 @pytest.mark.representative
 def test_a_run_killed_at_random_moments_ends_as_the_undisturbed_one_bit_for_bit(tmp_path: Path) -> None:
-    check(chaos(tmp_path, [Kind(3, "bf16")], kills=3, steps=30), 3)
+    check(chaos(tmp_path, [Kind(3, "bf16")], kills=3, steps=20), 3)
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,12 +27,12 @@ from cctrain.training.checkpoint_files import find_checkpoints, latest_checkpoin
 from cctrain.training.guards import read_outcome
 from tests.commands import cctrain
 from tests.data.conftest import prepared, write_h5ad
-from tests.trainer import Trainer, rank_processes, wait_until
+from tests.trainer import Started, Trainer, rank_processes, wait_until
 from tests.training.conftest import unequal_counts
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
-STEPS, STEPS_OF_TWO = 400, 160
+STEPS, STEPS_OF_TWO = 200, 160
 CONFIG = f"""
 data: {{global_batch: 10, block: 4, mixed_blocks: 3}}
 model: {{width: 16, depth: 2, heads: 2, latents: 4, latent_width: 8}}
@@ -65,7 +64,7 @@ def attempt(
     trainer: Trainer,
     run_dir: Path,
     *arguments: str,
-    disturb: Callable[[subprocess.Popen, "Watch"], None] | None = None,
+    disturb: Callable[[Started, "Watch"], None] | None = None,
     **options: Any,
 ) -> Ended:
     """One attempt from its start to its end, disturbed on its way; returns what it left."""
@@ -95,7 +94,7 @@ def long_step(number: int, seconds: float) -> str:
 class Watch:
     """What a person sees of an attempt while it trains."""
 
-    process: subprocess.Popen
+    process: Started
     run_dir: Path
     num_before: int
 
@@ -110,25 +109,25 @@ class Watch:
         self.until(lambda lines: any(line["event"] == "start" for line in lines))
 
 
-def send(number: int) -> Callable[[subprocess.Popen, Watch], None]:
-    def disturb(process: subprocess.Popen, watch: Watch) -> None:
+def send(number: int) -> Callable[[Started, Watch], None]:
+    def disturb(process: Started, watch: Watch) -> None:
         watch.steps(3)
         process.send_signal(number)
 
     return disturb
 
 
-def press_ctrl_c(process: subprocess.Popen, watch: Watch) -> None:
+def press_ctrl_c(process: Started, watch: Watch) -> None:
     watch.steps(3)
     os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group
 
 
-def touch_stop(process: subprocess.Popen, watch: Watch) -> None:
+def touch_stop(process: Started, watch: Watch) -> None:
     watch.steps(3)
     (watch.run_dir / "stop").touch()
 
 
-def save_then_ctrl_c(process: subprocess.Popen, watch: Watch) -> None:
+def save_then_ctrl_c(process: Started, watch: Watch) -> None:
     watch.steps(3)
     (watch.run_dir / "save").touch()
     watch.until(lambda lines: any(line["event"] == "checkpoint" for line in lines))
@@ -136,7 +135,7 @@ def save_then_ctrl_c(process: subprocess.Popen, watch: Watch) -> None:
     press_ctrl_c(process, watch)
 
 
-def terminate_rank_1(process: subprocess.Popen, watch: Watch) -> None:
+def terminate_rank_1(process: Started, watch: Watch) -> None:
     watch.steps(3)
     rank_processes(process)[1].terminate()
 
@@ -281,11 +280,11 @@ def test_a_run_that_has_finished_is_left_as_it_is(disturbed, undisturbed):
 def test_a_second_ctrl_c_leaves_at_once_and_a_stop_before_the_first_step_saves_it(trainer):
     run_dir = trainer.folder / "long"
 
-    def terminate(process: subprocess.Popen, watch: Watch) -> None:
+    def terminate(process: Started, watch: Watch) -> None:
         watch.started()
         process.terminate()
 
-    def press_ctrl_c_twice(process: subprocess.Popen, watch: Watch) -> None:
+    def press_ctrl_c_twice(process: Started, watch: Watch) -> None:
         watch.started()
         for _ in range(2):
             time.sleep(1)
@@ -369,7 +368,7 @@ def test_two_ranks_that_were_disturbed_have_the_history_of_two_that_were_not(dis
     assert_same_history(run_dir, undisturbed_two)
 
 
-def stop_after_22(process: subprocess.Popen, watch: Watch) -> None:
+def stop_after_22(process: Started, watch: Watch) -> None:
     watch.steps(22)
     process.terminate()
 

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from cctrain.training.checkpoint_files import latest_checkpoint, step_of
 from cctrain.training.guards import read_outcome
 from tests.data.conftest import prepared, random_counts, write_h5ad
 from tests.data.stores import flip_a_bit
-from tests.trainer import Trainer, ended, wait_until
+from tests.trainer import Started, Trainer, ended, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
@@ -53,12 +52,12 @@ def steps_of(run_dir: Path) -> list[dict[str, Any]]:
     return [repeatable(line) for line in lines]
 
 
-def data_workers(process: subprocess.Popen) -> list[psutil.Process]:
+def data_workers(process: Started) -> list[psutil.Process]:
     children = psutil.Process(process.pid).children()
     return [child for child in children if any("spawn_main" in word for word in child.cmdline())]
 
 
-def disturbed(trainer: Trainer, run_dir: Path, code: int, deed: Callable[[subprocess.Popen], None]) -> str:
+def disturbed(trainer: Trainer, run_dir: Path, code: int, deed: Callable[[Started], None]) -> str:
     """A training with two workers, in whose midst something is done; returns what it said."""
     process = trainer.start(run_dir, "data.workers=2")
     before = len(read_journal(run_dir))
@@ -71,7 +70,7 @@ def disturbed(trainer: Trainer, run_dir: Path, code: int, deed: Callable[[subpro
     return said
 
 
-def to_all(number: int) -> Callable[[subprocess.Popen], None]:
+def to_all(number: int) -> Callable[[Started], None]:
     return lambda process: os.killpg(process.pid, number)
 
 

@@ -14,8 +14,10 @@ from typing import Self
 import psutil
 
 from cctrain.data.store.store import TokenStore
+from tests.forked import ForkedCommand
 
 REPOSITORY = Path(__file__).parents[1]
+Started = subprocess.Popen | ForkedCommand
 
 CELL_YAML = REPOSITORY / "configs" / "cell.yaml"
 # What makes a training of seconds of it.
@@ -69,27 +71,36 @@ class Trainer:
     config: Path
     store: TokenStore
     folder: Path  # for what disturbs them
-    started: list[subprocess.Popen] = field(default_factory=list)
+    started: list[Started] = field(default_factory=list)
 
-    def start(
-        self, run_dir: Path, *arguments: str, config: Path | None = None, disturbance: str = ""
-    ) -> subprocess.Popen:
+    def start(self, run_dir: Path, *arguments: str, config: Path | None = None, disturbance: str = "") -> Started:
         """In a process group of its own, as a terminal does; as under Slurm, where the journal alone is written.
 
-        `config` says all by itself. A disturbance is a few lines that every rank runs as it starts, after HEAD.
+        `config` says all by itself. A disturbance is a few lines that every rank runs as it starts, after HEAD. One
+        rank is forked; several are started by their launcher.
         """
         ours = ("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_")
         environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
         environment |= {"SLURM_JOB_ID": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        if disturbance:
-            patch = self.folder / f"disturbance-{len(self.started)}"
-            patch.mkdir()
-            lines = "\n".join(f"    {line}" for line in (HEAD + disturbance).splitlines())
-            (patch / "sitecustomize.py").write_text(f"{IN_RANKS_ONLY}{lines}\n")
-            environment["PYTHONPATH"] = os.pathsep.join([str(patch), environment.get("PYTHONPATH", "")])
         given = [str(self.config), f"data.store={self.store.path}", f"run.dir={run_dir}"]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "cctrain", "train", *([str(config)] if config else given), *arguments],
+        command = ["train", *([str(config)] if config else given), *arguments]
+        place, script = self.folder / f"start-{len(self.started)}", HEAD + disturbance if disturbance else ""
+        several = any(argument.startswith("--ranks") for argument in arguments)
+        if several:
+            process: Started = self._launch(command, environment, place, script)
+        else:
+            process = ForkedCommand(command, environment, REPOSITORY, place, script)
+        self.started.append(process)
+        return process
+
+    def _launch(self, command: list[str], environment: dict[str, str], place: Path, script: str) -> subprocess.Popen:
+        if script:
+            place.mkdir()
+            lines = "\n".join(f"    {line}" for line in script.splitlines())
+            (place / "sitecustomize.py").write_text(f"{IN_RANKS_ONLY}{lines}\n")
+            environment["PYTHONPATH"] = os.pathsep.join([str(place), environment.get("PYTHONPATH", "")])
+        return subprocess.Popen(
+            [sys.executable, "-m", "cctrain", *command],
             env=environment,
             cwd=REPOSITORY,
             start_new_session=True,
@@ -97,8 +108,6 @@ class Trainer:
             stderr=subprocess.PIPE,
             text=True,
         )
-        self.started.append(process)
-        return process
 
     def run(self, run_dir: Path, code: int, *arguments: str, disturbance: str = "") -> str:
         """To its end, with this exit code; returns what it said on standard error, which is never a traceback."""
@@ -114,14 +123,14 @@ class Trainer:
             process.wait()
 
 
-def ended(process: subprocess.Popen, code: int, timeout: float = 240) -> str:
+def ended(process: Started, code: int, timeout: float = 240) -> str:
     said = process.communicate(timeout=timeout)[1]
     assert process.returncode == code, said
     assert "Traceback" not in said, said
     return said
 
 
-def wait_until(holds: Callable[[], bool], process: subprocess.Popen) -> None:
+def wait_until(holds: Callable[[], bool], process: Started) -> None:
     deadline = time.monotonic() + 180
     while not holds():
         assert process.poll() is None, process.communicate()[1]
@@ -129,7 +138,7 @@ def wait_until(holds: Callable[[], bool], process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-def rank_processes(launcher: subprocess.Popen) -> dict[int, psutil.Process]:
+def rank_processes(launcher: Started) -> dict[int, psutil.Process]:
     """By rank."""
     children = psutil.Process(launcher.pid).children()
     return {int(child.environ()["RANK"]): child for child in children if "RANK" in child.environ()}

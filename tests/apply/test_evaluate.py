@@ -1,9 +1,6 @@
 """What `evaluate` says of models trained on cells of which we know what there is to learn."""
 
 import json
-import os
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from cctrain.apply.targets import TargetSet
 from cctrain.config import load_config
 from cctrain.data.store.store import TokenStore
 from tests.data.conftest import prepared, write_h5ad
+from tests.trainer import Trainer
 
 NUM_CELLS, NUM_GENES = 300, 60
 TINY = """
@@ -38,20 +36,11 @@ def poisson_cells(types: float, seed: int = 0, first_gene: int = 0) -> np.ndarra
 
 
 def train_on(folder: Path, counts: np.ndarray) -> Path:
-    """A run trained by the command line; the journal alone is written, as under Slurm."""
-    prepared(folder / "store", write_h5ad(folder / "cells.h5ad", counts), held_out=0.25)
+    """A run trained by the command line."""
+    store = prepared(folder / "store", write_h5ad(folder / "cells.h5ad", counts), held_out=0.25)
     (folder / "tiny.yaml").write_text(TINY)
-    environment = {**os.environ, "SLURM_JOB_ID": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        environment.pop(name, None)
-    done = subprocess.run(
-        [sys.executable, "-m", "cctrain", "train", "tiny.yaml", "data.store=store", "run.dir=run"],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    with Trainer(folder / "tiny.yaml", store, folder) as trainer:
+        trainer.run(folder / "run", 0)
     return folder / "run"
 
 

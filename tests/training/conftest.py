@@ -1,9 +1,7 @@
 """A store of cells of very unequal sizes, and launches of `ranks_worker.py`: many trainings in one start of ranks."""
 
 import json
-import os
-import subprocess
-import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ from cctrain.launch.local import free_port, rank_environment
 from tests.data.conftest import prepared, write_h5ad
 
 NUM_GENES = 150
-WORKER = Path(__file__).with_name("ranks_worker.py")
 
 TINY = """
 data: {global_batch: 10, block: 4, mixed_blocks: 3}
@@ -94,21 +91,22 @@ def run_cases(
     cases: list[Case], num_ranks: int, config: Path, store: TokenStore, out: Path, timeout: float = 240
 ) -> dict[str, Result]:
     """All cases, one after the other, in one start of `num_ranks` real processes."""
+    from tests.forked import CONTEXT
+    from tests.training.ranks_worker import run_rank
+
     out.mkdir(parents=True)
-    plan = out / "plan.json"
     entries = [{**asdict(c), "overrides": [f"data.store={store.path}", *c.overrides]} for c in cases]
-    plan.write_text(json.dumps({"config": str(config), "cases": entries}, default=str))
-    port = free_port()
+    port, end = free_port(), time.monotonic() + timeout
     logs = [out / f"rank-{rank}.log" for rank in range(num_ranks)]
     ranks = []
     for rank, log in enumerate(logs):
-        environment = rank_environment(rank, num_ranks, port) | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        environment["PYTHONPATH"] = os.pathsep.join([str(Path.cwd()), environment.get("PYTHONPATH", "")])
-        with open(log, "wb") as output:
-            command = [sys.executable, str(WORKER), str(plan), str(out)]
-            ranks.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
+        environment = rank_environment(rank, num_ranks, port) | {"CUDA_VISIBLE_DEVICES": ""}
+        ranks.append(CONTEXT.Process(target=run_rank, args=(environment, str(config), entries, out, log)))
+        ranks[-1].start()
     try:
-        codes = [rank.wait(timeout) for rank in ranks]
+        for rank in ranks:
+            rank.join(max(0.0, end - time.monotonic()))
+        codes = [rank.exitcode for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

@@ -1,13 +1,9 @@
-"""One rank of a test: trains every case of a plan through the trainer's own functions and writes what happened.
-
-python ranks_worker.py PLAN.json OUT     (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT in the environment)
-"""
+"""One rank of a test: trains every case of a plan through the trainer's own functions and writes what happened."""
 
 import hashlib
 import json
 import logging
 import math
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -41,6 +37,7 @@ from cctrain.training.data import (
 from cctrain.training.engine import build_engine, whole
 from cctrain.training.loop import StepResult, evaluate_held_out, run_steps
 from cctrain.training.train import build_model
+from tests.forked import begin
 
 
 def run_case(case: dict[str, Any], config_path: str, mesh: Mesh, out: Path) -> None:
@@ -254,14 +251,11 @@ def master_of(optimizer: Any, parameter: torch.nn.Parameter) -> torch.Tensor:
     return parameter
 
 
-def main() -> None:
+def run_rank(environment: dict[str, str], config_path: str, cases: list[dict[str, Any]], out: Path, log: Path) -> None:
+    """All that a forked process does; what it says is in `log`."""
+    begin(environment, log, log)
     logging.basicConfig(level=logging.WARNING)
-    plan, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     torch.manual_seed(1)  # nothing may depend on the global generator, nor draw from it
     with join_mesh() as mesh:
-        for case in plan["cases"]:
-            run_case(case, plan["config"], mesh, out)
-
-
-if __name__ == "__main__":
-    main()
+        for case in cases:
+            run_case(case, config_path, mesh, out)

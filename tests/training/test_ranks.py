@@ -21,6 +21,7 @@ from tests.training.plain import (
 from tests.training.ranks_worker import disturb
 
 CLIP = 0.05
+CLIPPED = (f"training.clip={CLIP}", "training.steps=8")
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def reference(tiny_config: Path, unequal_store: TokenStore) -> Reference:
 @pytest.fixture(scope="module")
 def clipped_runs(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     """Every stage on 2 ranks, with accumulation and clipping."""
-    common = (f"training.clip={CLIP}", reference.accumulate(num_ranks=2, steps=3))
+    common = (*CLIPPED, reference.accumulate(num_ranks=2, steps=3))
     cases = [Case(f"zero{stage}", (*zero(stage), *common)) for stage in STAGES]
     return run_cases(cases, 2, reference.path, reference.store, tmp_path_factory.mktemp("clipped") / "out")
 
@@ -67,7 +68,7 @@ SLOW = ("training.steps=1", "training.learning_rate=3e-6", "training.warmup=0", 
 @pytest.mark.representative
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_ranks_that_accumulate_and_clip_train_like_plain_pytorch(stage, clipped_runs, reference):
-    result, plain = clipped_runs[f"zero{stage}"], reference(f"training.clip={CLIP}")
+    result, plain = clipped_runs[f"zero{stage}"], reference(*CLIPPED)
     assert 3 in result.column("accumulation")
     assert plain.norms.min() > CLIP, "clipping must be active in every step"
     assert_same_training(result, plain)

@@ -1,6 +1,5 @@
 """What a training resolves before it starts, and how it ends when something goes wrong."""
 
-import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from cctrain.tracking.journal import read_journal
 from cctrain.training.checkpoint_files import latest_checkpoint, read_manifest
 from cctrain.training.data import resolve, resolve_micro_batch, training_rule
 from cctrain.training.guards import read_outcome
-from tests.trainer import Trainer
+from tests.trainer import Started, Trainer
 
 
 def steps(run_dir: Path) -> list[dict]:
@@ -29,7 +28,7 @@ def config(tiny_config: Path, unequal_store: TokenStore) -> Config:
 
 
 @pytest.fixture
-def start(tiny_config: Path, unequal_store: TokenStore, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
+def start(tiny_config: Path, unequal_store: TokenStore, tmp_path: Path) -> Iterator[Callable[..., Started]]:
     with Trainer(tiny_config, unequal_store, tmp_path) as trainer:
         yield partial(trainer.start, tmp_path / "run")
 
