@@ -45,7 +45,8 @@ def calibrate(model: ModelConfig, precision: str, num_ranks: int) -> Device:
 
 
 def on_local_ranks(module: str, argument: str, num_ranks: int) -> dict[str, Any]:
-    """What the first of so many ranks, each `python -m MODULE ARGUMENT`, prints as its last line: a JSON object."""
+    """What the first of so many ranks, each `python -m MODULE ARGUMENT`, prints as its last line: a JSON object. Raises
+    TrainingError if it does not."""
     port, command = free_port(), [sys.executable, "-m", module, argument]
     ranks = [
         subprocess.Popen(
@@ -54,12 +55,12 @@ def on_local_ranks(module: str, argument: str, num_ranks: int) -> dict[str, Any]
         for rank in range(num_ranks)
     ]
     outputs = [rank.communicate() for rank in ranks]
-    failed = [
-        error.decode(errors="replace") for rank, (_, error) in zip(ranks, outputs, strict=True) if rank.returncode
-    ]
-    if failed:
-        raise TrainingError(f"this machine could not be measured:\n{failed[0].strip()}")
-    return json.loads(outputs[0][0].splitlines()[-1])
+    answer = outputs[0][0].strip().rpartition(b"\n")[2]
+    if answer.startswith(b"{"):  # whatever the exit codes: gloo's threads can abort a process that has done its work
+        return json.loads(answer)
+    failed = [error for rank, (_, error) in zip(ranks, outputs, strict=True) if rank.returncode]
+    said = (failed or [outputs[0][1]])[0].decode(errors="replace").strip()
+    raise TrainingError(f"this machine could not be measured:\n{said}")
 
 
 def measure(model: ModelConfig, precision: str, mesh: Mesh) -> Device:
@@ -238,4 +239,4 @@ if __name__ == "__main__":
     with join_mesh() as mesh:
         found = measure(ModelConfig(**plan["model"]), plan["precision"], mesh)
         if mesh.is_first:
-            print(json.dumps(asdict(found)))
+            print(json.dumps(asdict(found)), flush=True)

@@ -190,4 +190,4 @@ if __name__ == "__main__":
     with join_mesh(num_context_ranks=settings.parallel.context) as place:
         rehearsed = take_steps(settings, Contexts(**told["contexts"]), place)
         if place.is_first:
-            print(json.dumps(asdict(rehearsed)))
+            print(json.dumps(asdict(rehearsed)), flush=True)
