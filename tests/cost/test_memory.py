@@ -87,7 +87,7 @@ GROWTH = {
     "genes": ({"genes": 2000}, {"genes": 8000}),
     "depth": ({"depth": 2}, {"depth": 6}),
     "narrow depth": ({"depth": 2, **NARROW}, {"depth": 6, **NARROW}),
-    "heads": ({"heads": 2, "lengths": (2000,)}, {"heads": 24, "lengths": (2000,)}),
+    "heads": ({"heads": 2}, {"heads": 24}),
     "contexts": ({"lengths": (64,) * 4, **SHORT}, {"lengths": (16,) * 16, **SHORT}),
     "latents": ({"latents": 16}, {"latents": 64}),
     "many latents": ({"latents": 1000, **FEW_TOKENS}, {"latents": 2000, **FEW_TOKENS}),
@@ -95,7 +95,7 @@ GROWTH = {
     "targets": ({"targets": 1500, "tile": 200}, {"targets": 3000, "tile": 200}),
     "targets of one tile": ({"targets": 150, "tile": 3000}, {"targets": 3000, "tile": 3000}),
 }
-OF_DENSE_ATTENTION = {"tokens", "genes", "depth", "heads"}
+OF_DENSE_ATTENTION = {"tokens", "genes", "depth"}
 WITHOUT_CHECKPOINTING = {"targets of one tile", "tokens of one layer"}  # with it, a tile in its layer needs more
 NEARLY_EXACT = {"genes", "depth", "tokens of one layer", "latents", "many latents", "targets"}
 
