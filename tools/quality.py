@@ -27,7 +27,7 @@ from cctrain.words import duration
 from tools.quality_data import Dataset, costs, measured_seconds, open_dataset
 from tools.quality_figure import draw
 from tools.quality_judge import baselines, judge
-from tools.quality_plan import Training, plan, predicted_seconds, warmup_steps
+from tools.quality_plan import Cost, Training, plan, predicted_seconds, warmup_steps
 from tools.quality_report import plan_text, report_text
 from tools.record import circumstances, keep
 
@@ -127,9 +127,13 @@ def planned(
     return trainings
 
 
-def predicted(result: dict[str, Any], training: Training) -> float:
+def cost_of(result: dict[str, Any], training: Training) -> Cost:
     known = result["datasets"][training.dataset]
-    return predicted_seconds(training, costs(known["facts"], known["seconds_a_step"]), SECONDS_AROUND)
+    return costs(known["facts"], known["seconds_a_step"])[training.variant.name]
+
+
+def predicted(result: dict[str, Any], training: Training) -> float:
+    return predicted_seconds(training, cost_of(result, training), SECONDS_AROUND)
 
 
 def follow(
@@ -145,7 +149,10 @@ def follow(
         started = time.monotonic()
         dataset = datasets[training.dataset]
         run = train(training, dataset, runs)
-        rows = [judged(run, training, dataset, cut) for cut in dict.fromkeys((training.variant.max_tokens, None))]
+        rows = [
+            judged(run, training, cost_of(result, training), dataset, cut)
+            for cut in dict.fromkeys((training.variant.max_tokens, None))
+        ]
         seconds = time.monotonic() - started
         result["rows"] += rows
         result["seconds"] += seconds
@@ -179,8 +186,9 @@ def train(training: Training, dataset: Dataset, runs: Path) -> Path:
     return run
 
 
-def judged(run: Path, training: Training, dataset: Dataset, max_tokens: int | None) -> dict[str, Any]:
-    """A row; `seconds` and `flops` are of all training steps, `judged_on` None where nothing was cut."""
+def judged(run: Path, training: Training, cost: Cost, dataset: Dataset, max_tokens: int | None) -> dict[str, Any]:
+    """A row; `judged_on` is None where nothing was cut. `flops` and `seconds` are of all training steps, the seconds as
+    they were measured while the machine had nothing else to do: a training of hours may have to share it."""
     steps = [line for line in history(read_journal(run)) if line["event"] == "step"]
     return {
         "dataset": training.dataset,
@@ -192,7 +200,7 @@ def judged(run: Path, training: Training, dataset: Dataset, max_tokens: int | No
         "judged_on": max_tokens,
         "steps": len(steps),
         "flops": sum(line["cost/total_flops"] for line in steps),
-        "seconds": sum(line["step_seconds"] for line in steps),
+        "seconds": len(steps) * cost.seconds,
         "tokens": sum(line["tokens"] for line in steps),
         "commit": circumstances()["commit"],
         **judge(run, dataset.held_out, dataset.config_file, max_tokens),

@@ -154,7 +154,6 @@ def warmup_steps(steps: int, schedule: TrainingConfig) -> int:
     return max(1, round(steps * schedule.warmup / schedule.steps))
 
 
-def predicted_seconds(training: Training, costs: dict[str, Cost], around: float) -> float:
+def predicted_seconds(training: Training, cost: Cost, around: float) -> float:
     """Of training and judging; `around` is what every training takes beside its steps."""
-    cost = costs[training.variant.name]
     return around + training.steps * cost.seconds + cost.judging

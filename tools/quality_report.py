@@ -107,8 +107,8 @@ HOW = f"""\
 The reference is {REFERENCE}. *Equal* says in what a model's training equals the reference's: **steps**, the same
 contexts in the same order with about as many parameters; **FLOPs**, by the closed form on the contexts of the store;
 **time**, by step times that were measured before, the models taking turns. **FLOPs of dense** are those that dense
-takes for the reference's number of steps. Seconds are those of the training steps as they then were. Warm-up and
-decay of the learning rate follow the number of steps; its peak is the same for all.
+takes for the reference's number of steps. Seconds are of the training steps, as long as they took while the models took
+turns. Warm-up and decay of the learning rate follow the number of steps; its peak is the same for all.
 
 All models of a data set are judged on the same hidden counts, drawn by gene alone, at the same size factors, which come
 from the counts that are not hidden. NLL is in nats, averaged within a cell, then over cells. Correlation is of log1p
@@ -157,7 +157,7 @@ def _facts(facts: dict[str, Any]) -> str:
 def _costs(rows: list[Row], known: dict[str, Any]) -> str:
     facts, predicted = known["facts"], known["seconds_a_step"]
     lines = [
-        "| model | equal | layers | parameters | steps | training FLOPs | seconds | s a step, measured before "
+        "| model | equal | layers | parameters | steps | training FLOPs | seconds | a step "
         "| cells cut |\n|---|---|---|---|---|---|---|---|---|"
     ]
     for (model, equal, judged_on), group in groups_of(rows).items():
@@ -167,7 +167,7 @@ def _costs(rows: list[Row], known: dict[str, Any]) -> str:
         lines.append(
             f"| {model} | {', '.join(equal)} | {variant['depth']} | {variant['parameters']:,} "
             f"| {mean['steps']['mean']:,.0f} | {mean['flops']['mean'] / 1e12:.3g} · 10¹² "
-            f"| {mean['seconds']['mean']:,.0f} | {predicted[model]:.3f} | {variant['cells_cut']:.0%} |"
+            f"| {mean['seconds']['mean']:,.0f} | {predicted[model]:.3f} s | {variant['cells_cut']:.0%} |"
         )
     return "\n".join(lines)
 

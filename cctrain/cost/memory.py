@@ -9,20 +9,19 @@ there from step to step; on top of it comes for a while what backward or what th
                  backward   4 P + 4 B + 2 P/W                              step   16 P/W
              2   kept       as 1
                  backward   4 B + 4 min(2 B, P) + 4 P/W                    step   16 P/W
-             3   kept       4 (P/W + G (1 - 1/W)) weights + 4 P/W masters + 4 P/W gradients + 8 P/W moments + 4 B
-                 backward   4 P + 4 G/W                                    step   12 P/W
+             3   kept       4 (P/W + S (1 - 1/W)) weights + 4 P/W masters + 4 P/W gradients + 8 P/W moments + 4 B
+                 backward   4 P + 4 G - 4 S (1 - 1/W)                      step   12 P/W
     16 bit   0   kept       2 P weights + 4 P masters + 8 P moments
                  backward   2 P gradients, and 2 P for their all-reduce    step   7 P
              1   kept       2 P weights + 4 P/W masters + 4 P gradients + 8 P/W moments
                  backward   8 P                                            step   2 P + 8 P/W
              2   kept       2 P weights + 4 P/W masters + 8 P/W moments
                  backward   2 B + 2 min(2 B, P) + 4 P/W                    step   12 P/W
-             3   kept       2 (P/W + G (1 - 1/W)) weights, 2 B, the rest as in fp32
-                 backward   2 P + 2 G/W                                    step   12 P/W
+             3   kept       2 (P/W + S (1 - 1/W)) weights, 2 B, the rest as in fp32
+                 backward   2 P + 2 G - 2 S (1 - 1/W)                      step   12 P/W
 
-Under stage 3 G ≤ P of the weights are gathered at a time: what is fetched ahead, and a layer. All this was read off the
-allocations of DeepSpeed 0.19 on two ranks. What is kept under stages 0 and 1 is tested; the rest is not: it differed by
-up to 40 % from run to run, for buckets and gathered weights live until Python collects the cycles that hold them.
+Under stage 3 G ≤ P of the weights are gathered at a time: what is fetched ahead, and a layer; S of them, in small
+tensors, always are. All this was read off the memory of DeepSpeed 0.19 on two ranks.
 
 Activations, with n tokens in k contexts and T targets on the rank, depth L, width d, latent width d_l, H heads,
 elements of e bytes (4 or 2; the token stream always has 4), tiles of t tokens, V genes,
@@ -49,7 +48,7 @@ from dataclasses import dataclass, fields
 
 from cctrain.config import Config, MemoryConfig, ModelConfig
 from cctrain.cost.parameters import num_parameters, parameters_of_a_layer
-from cctrain.cost.traffic import FETCHED_AHEAD
+from cctrain.cost.traffic import FETCHED_AHEAD, never_partitioned
 from cctrain.cost.work import Load, Work
 
 STREAM_BYTES, PACK_BYTES, TARGET_BYTES = 4, 17, 40
@@ -108,8 +107,9 @@ def state(model: ModelConfig, num_genes: int, stage: int, element_bytes: int, ra
         )
     masters, moments = 4.0 * share, 8.0 * share
     if stage == 3:
+        whole = never_partitioned(model, num_genes) * (1 - 1 / ranks)
         gathered = min(total, FETCHED_AHEAD + parameters_of_a_layer(model))
-        weights, backward = b * (share + gathered * (1 - 1 / ranks)), b * (total + gathered / ranks)
+        weights, backward = b * (share + whole), b * (total + gathered - whole)
         return State(weights, masters, moments, 4 * share, b * bucket, backward, 12 * share)
     if stage == 2:
         backward = b * (bucket + min(2 * bucket, total)) + 4 * share

@@ -84,13 +84,19 @@ def zero(
     if stage < 3:
         gradients = Collective("gradients", "all_reduce", total, ranks, micro_batches if stage == 2 else 1)
         return [gradients] if stage == 0 else [gradients, Collective("parameters", "all_gather", total, ranks)]
-    small = element_bytes * sum(size * number for _, size, number in tensors if size <= PERSISTENT_UP_TO)
+    small = element_bytes * never_partitioned(model, num_genes)
     passes = 2 if total > element_bytes * FETCHED_AHEAD else 1
     return [
         Collective("gradients", "reduce_scatter", total, ranks, micro_batches),
         Collective("parameters", "all_gather", total - small, ranks, passes * micro_batches),
         Collective("small parameters", "all_gather", small, ranks),
     ]
+
+
+def never_partitioned(model: ModelConfig, num_genes: int) -> int:
+    """Parameters, in numbers, that every rank has whole under ZeRO 3, too."""
+    tensors = parameter_tensors(model, num_genes)
+    return sum(size * number for _, size, number in tensors if size <= PERSISTENT_UP_TO)
 
 
 def ring_of_a_layer(tokens: int, width: int, ranks: int, element_bytes: int) -> tuple[float, float]:

@@ -37,13 +37,18 @@ def zero_trainings(even_store: TokenStore) -> list[dict[str, Any]]:
 
 def zero_steps(store: TokenStore, kinds: list[tuple[int, str]]) -> list[dict[str, Any]]:
     """What `zero_worker` says of trainings with these stages and precisions."""
+    return said_by_ranks("zero_worker", {"store": str(store.path), "model": asdict(ZERO_MODEL), "kinds": kinds})
+
+
+def said_by_ranks(module: str, plan: dict[str, Any], **environment: str) -> Any:
+    """What the first of ZERO_RANKS processes prints, which run this module of this folder and are given `plan`."""
     port = free_port()
-    plan = json.dumps({"store": str(store.path), "model": asdict(ZERO_MODEL), "kinds": kinds})
+    fixed = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.cost.zero_worker", plan],
+            [sys.executable, "-m", f"tests.cost.{module}", json.dumps(plan)],
             cwd=Path(__file__).parents[2],
-            env=rank_environment(rank, ZERO_RANKS, port) | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+            env=rank_environment(rank, ZERO_RANKS, port) | fixed | environment,
             stdout=subprocess.PIPE,
             text=True,
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -52,17 +53,13 @@ def counted(run: Callable[[], object]) -> tuple[int, int]:
     return counter.get_total_flops(), sum(of_operator.get(operator, 0) for operator in ATTENTION)
 
 
-def allocated(run: Callable[[], object]) -> tuple[int, int]:
-    """Bytes that PyTorch's allocator on the CPU gave out in `run`: what was left at the end, and the most at a time."""
+def most_allocated(run: Callable[[], object]) -> int:
+    """The most bytes at a time that PyTorch's allocator on the CPU gave out in `run`, on threads that it began."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     assert profiler.profiler is not None
-    left = most = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            left += event.nbytes()
-            most = max(most, left)
-    return left, most
+    events = profiler.profiler.kineto_results.events()
+    return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
 
 
 def built(

@@ -1,8 +1,10 @@
 """The formulas of memory beside what PyTorch's allocator gave out."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from statistics import median
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,10 +14,12 @@ from cctrain.cost.parameters import num_parameters, parameters_of_a_layer
 from cctrain.cost.traffic import FETCHED_AHEAD
 from cctrain.cost.work import Load
 from cctrain.training.objective import negative_log_likelihood
-from tests.cost.conftest import ZERO_KINDS, ZERO_MODEL, ZERO_RANKS, work, zero_steps
-from tests.cost.counting import NUM_GENES, allocated, built, inputs_of
+from tests.cost.conftest import ZERO_KINDS, ZERO_MODEL, ZERO_RANKS, said_by_ranks, work
+from tests.cost.counting import NUM_GENES, built, inputs_of, most_allocated
 
 TOLERANCE = 0.15
+# Of the memory that malloc gives out, blocks of more bytes count; PyTorch keeps no compiled kernel for a next time.
+ONLY_TENSORS = {"MALLOC_MMAP_THRESHOLD_": "65536", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"}
 SHAPES = {
     "criss_cross": ModelConfig(width=48, depth=2, heads=2, latents=16),
     "deep": ModelConfig(width=32, depth=5, heads=4, latents=8),
@@ -63,7 +67,7 @@ def measured(setting: Setting) -> int:
         negative_log_likelihood(torch.ones(setting.targets), log_mu, log_theta).sum().backward()
 
     step()
-    return allocated(step)[1]
+    return most_allocated(step)
 
 
 @pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES.keys())
@@ -128,14 +132,21 @@ def grown(setting: Setting, **to: object) -> Setting:
 
 @pytest.mark.slow
 @pytest.mark.processes
-@pytest.mark.parametrize(("stage", "precision"), [kind for kind in ZERO_KINDS if kind[0] < 2])
-def test_zero_keeps_from_step_to_step_what_the_formula_says(even_store, stage, precision):
+@pytest.mark.parametrize(("stage", "precision"), ZERO_KINDS)
+def test_a_rank_of_a_larger_model_keeps_and_needs_as_much_more_as_the_formula_says(even_store, stage, precision):
     num_genes, element_bytes = len(even_store.genes.ids), 4 if precision == "fp32" else 2
-    [step] = zero_steps(even_store, [(stage, precision)])
-    bucket = num_parameters(ZERO_MODEL, num_genes)
-    law = state(ZERO_MODEL, num_genes, stage, element_bytes, ZERO_RANKS, bucket)
-    # After some steps a bucket of the last one has not been collected yet.
-    assert min(step["kept"]) == pytest.approx(law.kept, rel=TOLERANCE)
+    law, found = [], []
+    for model in (ZERO_MODEL, replace(ZERO_MODEL, width=480)):
+        plan = {"store": str(even_store.path), "model": asdict(model), "stage": stage, "precision": precision}
+        told = said_by_ranks("memory_worker", plan, **ONLY_TENSORS)
+        parameters = num_parameters(model, num_genes)
+        held = state(model, num_genes, stage, element_bytes, ZERO_RANKS, parameters)
+        made = activations(model, num_genes, Load(**told["load"]), MemoryConfig(), 4096, element_bytes)
+        law.append((held.kept, peak(held, made, told["micro_batches"])))
+        found.append((median(told["kept"]), median(told["most"])))
+    (kept, most), (law_kept, law_most) = (np.subtract(*reversed(pair)) for pair in (found, law))
+    assert law_kept == pytest.approx(kept, rel=TOLERANCE)
+    assert law_most == pytest.approx(most, rel=TOLERANCE)
 
 
 @pytest.mark.processes
@@ -148,17 +159,17 @@ def test_deepspeed_allocates_no_more_for_reducing_gradients_than_there_are(even_
     assert reduce_bucket(10**10) == LARGEST_BUCKET
 
 
-def of_state(stage: int, precision: str, p: int, w: int, b: int) -> tuple[float, float, float]:
+def of_state(stage: int, precision: str, p: int, w: int, b: int, s: int) -> tuple[float, float, float]:
     """Kept, in backward, in the optimizer's step: the module's table, of a model that is gathered whole."""
     return {
         (0, "fp32"): (12 * p, 8 * p, 8 * p),
         (1, "fp32"): (4 * p + 12 * p / w, 4 * p + 4 * b + 2 * p / w, 16 * p / w),
         (2, "fp32"): (4 * p + 12 * p / w, 4 * b + 4 * min(2 * b, p) + 4 * p / w, 16 * p / w),
-        (3, "fp32"): (4 * p + 16 * p / w + 4 * b, 4 * p + 4 * p / w, 12 * p / w),
+        (3, "fp32"): (4 * s * (1 - 1 / w) + 20 * p / w + 4 * b, 8 * p - 4 * s * (1 - 1 / w), 12 * p / w),
         (0, "bf16"): (14 * p, 4 * p, 7 * p),
         (1, "bf16"): (6 * p + 12 * p / w, 8 * p, 2 * p + 8 * p / w),
         (2, "bf16"): (2 * p + 12 * p / w, 2 * b + 2 * min(2 * b, p) + 4 * p / w, 12 * p / w),
-        (3, "bf16"): (2 * p + 16 * p / w + 2 * b, 2 * p + 2 * p / w, 12 * p / w),
+        (3, "bf16"): (2 * s * (1 - 1 / w) + 18 * p / w + 2 * b, 4 * p - 2 * s * (1 - 1 / w), 12 * p / w),
     }[stage, precision]
 
 
@@ -166,10 +177,12 @@ def of_state(stage: int, precision: str, p: int, w: int, b: int) -> tuple[float,
 @pytest.mark.parametrize("share_in_a_bucket", [0.25, 1.0])
 def test_state_is_what_the_table_says(stage, precision, share_in_a_bucket):
     model, num_genes, ranks = ModelConfig(), 1000, 4
-    total = num_parameters(model, num_genes)
+    sizes = [parameter.numel() for parameter in built(model, num_genes).parameters()]
+    total, small = sum(sizes), sum(size for size in sizes if size <= 100_000)
     bucket = round(share_in_a_bucket * total)
     found = state(model, num_genes, stage, 4 if precision == "fp32" else 2, ranks, bucket)
-    assert (found.kept, found.backward, found.step) == pytest.approx(of_state(stage, precision, total, ranks, bucket))
+    table = of_state(stage, precision, total, ranks, bucket, small)
+    assert (found.kept, found.backward, found.step) == pytest.approx(table)
 
 
 def test_one_rank_reduces_no_gradients():
@@ -183,8 +196,9 @@ def test_under_stage_3_no_more_weights_are_gathered_than_are_fetched_ahead_and_a
     gathered = FETCHED_AHEAD + parameters_of_a_layer(model)
     assert gathered < total
     found = state(model, num_genes, 3, 2, ranks, bucket=0)
-    assert found.weights == pytest.approx(2 * (total / ranks + gathered * (ranks - 1) / ranks))
-    assert found.backward == pytest.approx(2 * (total + gathered / ranks))
+    small = 48 * 16 * 1024 + 64 * 1024 + 5 * 1024 + 20_000  # vectors of the layers, first latents, around, of genes
+    assert found.weights == pytest.approx(2 * (total / ranks + small * (ranks - 1) / ranks))
+    assert found.weights + found.backward == pytest.approx(2 * (total / ranks + total + gathered))
 
 
 def test_more_ranks_share_more_at_every_stage_and_the_last_shares_all():

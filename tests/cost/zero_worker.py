@@ -1,16 +1,12 @@
-"""One of several ranks: takes training steps under every ZeRO stage, and tells what they sent and needed.
+"""One of several ranks: takes training steps under every ZeRO stage, and tells what they sent.
 
 Argument: a JSON object with the store, the model's configuration, and kinds of training, each a stage and a precision.
-Prints for each the operation and the payload of every collective of a step, and the bytes that the rank keeps after
-each of several steps; these mean something of the first kind only, for DeepSpeed frees
-what others left behind when it likes.
+Prints for each the operation and the payload of every collective of a step.
 """
 
-import gc
 import json
 import sys
 from collections.abc import Iterator
-from itertools import accumulate
 from typing import Any
 
 from torch import Tensor
@@ -18,13 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cctrain.config import Config, ModelConfig
 from cctrain.data.loading.loader import Loader
-from cctrain.data.store.store import TokenStore, open_store
+from cctrain.data.store.store import open_store
 from cctrain.parallel.mesh import Mesh, join_mesh
 from cctrain.training.data import resolve, share_of, training_order, training_rule
 from cctrain.training.engine import build_engine
 from cctrain.training.loop import train_step
 from cctrain.training.train import build_model
-from tests.cost.counting import allocated
 
 # DeepSpeed's, and which argument holds the payload as cctrain.cost.traffic counts it.
 OPERATIONS = {
@@ -56,32 +51,30 @@ def size_of(argument: Any) -> int:
 
 
 def steps(store_path: str, model: dict[str, Any], kinds: list[tuple[int, str]], mesh: Mesh) -> Iterator[dict[str, Any]]:
-    store = open_store(store_path)
     for stage, precision in kinds:
-        config = Config(model=ModelConfig(**model))
-        config.data.store, config.data.micro_batch_tokens = store_path, MICRO_BATCH_TOKENS
-        config.training.precision, config.parallel.zero_stage = precision, stage
-        config = resolve(config, store)
-        training = Training(config, store, mesh)
-        left = [allocated(work)[0] for work in (training.build, *[training.step] * 5)]
-        kept = list(accumulate(left))[1:]  # after every step
+        training = Training(store_path, model, stage, precision, mesh)
+        training.build()
+        training.step()
         with Recorder() as recorder:
             training.step()
         yield {
             "stage": stage,
             "precision": precision,
-            "micro_batches": training.micro_batches,
+            "micro_batches": len(training.batches),
             "collectives": recorder.seen,
-            "kept": kept,
             "reduce_bucket": getattr(training.engine.optimizer, "reduce_bucket_size", None),  # not without ZeRO
         }
 
 
 class Training:
-    def __init__(self, config: Config, store: TokenStore, mesh: Mesh):
-        self.config, self.store, self.mesh = config, store, mesh
-        self.loader = Loader(store, training_rule(config, store), share_of(mesh), MICRO_BATCH_TOKENS)
-        self.order = training_order(config, self.loader)
+    def __init__(self, store_path: str, model: dict[str, Any], stage: int, precision: str, mesh: Mesh):
+        self.store, self.mesh = open_store(store_path), mesh
+        config = Config(model=ModelConfig(**model))
+        config.data.store, config.data.micro_batch_tokens = store_path, MICRO_BATCH_TOKENS
+        config.training.precision, config.parallel.zero_stage = precision, stage
+        self.config = resolve(config, self.store)
+        self.loader = Loader(self.store, training_rule(self.config, self.store), share_of(mesh), MICRO_BATCH_TOKENS)
+        self.order = training_order(self.config, self.loader)
         self.number = 0
 
     def build(self) -> None:
@@ -90,9 +83,8 @@ class Training:
     def step(self) -> None:
         rank_step = self.loader.step(self.order, GLOBAL_BATCH, GLOBAL_BATCH * self.number)
         self.number += 1
-        self.micro_batches = len(rank_step.batches)
+        self.batches = rank_step.batches
         train_step(self.engine, self.config, self.mesh, rank_step, self.number, list)
-        gc.collect()  # DeepSpeed leaves cycles behind that hold its buckets, for nobody knows how long
 
 
 if __name__ == "__main__":

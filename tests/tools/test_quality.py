@@ -57,7 +57,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             raise KeyboardInterrupt
         return folder / training.folder
 
-    def judged(run: Path, training: Any, dataset: Any, max_tokens: int | None) -> dict[str, Any]:
+    def judged(run: Path, training: Any, cost: Any, dataset: Any, max_tokens: int | None) -> dict[str, Any]:
         return {"run": training.folder, "judged_on": max_tokens, "trained_on": training.variant.max_tokens, "nll": 0.5}
 
     monkeypatch.setattr(quality, "train", train)
