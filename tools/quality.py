@@ -180,10 +180,21 @@ def train(training: Training, dataset: Dataset, runs: Path) -> Path:
     }
     words = [*dataset.settings(training.variant), *(f"{key}={value}" for key, value in settings.items())]
     command = [sys.executable, "-m", "cctrain", "train", str(dataset.config_file), *words, "--ranks", "1"]
-    code = subprocess.run(command, check=False).returncode
+    code = ended(command)
     if code or not (run / WEIGHTS).is_file():
         raise SystemExit(f"{training.title}: the training stopped (exit code {code}); the same command goes on with it")
     return run
+
+
+def ended(command: list[str]) -> int:
+    """The exit code. Whoever stops this process stops that one too, which may save what it has first."""
+    with subprocess.Popen(command) as process:
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
 
 
 def judged(run: Path, training: Training, cost: Cost, dataset: Dataset, max_tokens: int | None) -> dict[str, Any]:

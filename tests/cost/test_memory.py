@@ -132,7 +132,10 @@ def grown(setting: Setting, **to: object) -> Setting:
 
 @pytest.mark.slow
 @pytest.mark.processes
-@pytest.mark.parametrize(("stage", "precision"), ZERO_KINDS)
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [pytest.param(*kind, marks=pytest.mark.representative if kind == (3, "bf16") else ()) for kind in ZERO_KINDS],
+)
 def test_a_rank_of_a_larger_model_keeps_and_needs_as_much_more_as_the_formula_says(even_store, stage, precision):
     num_genes, element_bytes = len(even_store.genes.ids), 4 if precision == "fp32" else 2
     law, found = [], []

@@ -2,8 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -96,6 +99,34 @@ def test_results_of_another_store_or_number_of_steps_are_not_mixed(result: dict[
     quality.adopt(result, a_dataset(), tmp_path / "quality.json")
     with pytest.raises(SystemExit, match=r"quality\.json holds results on pbmc3k with other steps: .* another --out"):
         quality.adopt(result, a_dataset(steps=11), tmp_path / "quality.json")
+
+
+def test_a_training_saves_what_it_has_when_the_comparison_is_stopped(tmp_path: Path) -> None:
+    began, saved = tmp_path / "began", tmp_path / "saved"
+    training = f"""
+import pathlib, signal, sys, time
+def save(*_):
+    time.sleep(0.5)
+    pathlib.Path({str(saved)!r}).touch()
+    sys.exit()
+signal.signal(signal.SIGTERM, save)
+pathlib.Path({str(began)!r}).touch()
+time.sleep(60)
+"""
+
+    def stop_when_it_began() -> None:
+        while not began.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    threading.Thread(target=stop_when_it_began).start()
+    try:
+        with pytest.raises(SystemExit):
+            quality.ended([sys.executable, "-c", training])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert saved.exists()
 
 
 def made_up_retina(work: Path) -> None:
