@@ -64,8 +64,8 @@ class Crossover:
 
     measured      between two measured lengths
     extrapolated  at shorter or longer ones, where the laws meet
-    always        the second lies above at every measured length, and by the laws at all shorter ones
-    never         the first lies above at the longest measured length, and by the laws at all longer ones
+    always        the second lies above at every measured length, and the laws do not meet
+    never         the first lies above at the longest measured length, and the laws do not meet
     """
 
     tokens: float | None
@@ -148,11 +148,13 @@ def crossover(
         share = -above[k] / (above[k + 1] - above[k])
         return Crossover(float(np.exp(log_n[k] + share * (log_n[k + 1] - log_n[k]))), "measured")
     meetings = _meetings(*laws) if laws else []
+    if not meetings:
+        return Crossover(None, "always" if above[-1] >= 0 else "never")
+    # Where the laws cross within the measured lengths and the curves do not, the nearer end is closest to both.
+    shortest, longest = np.exp(log_n[[0, -1]]).tolist()
     if above[-1] >= 0:
-        shorter = [n for n in meetings if n < np.exp(log_n[0])]
-        return Crossover(max(shorter), "extrapolated") if shorter else Crossover(None, "always")
-    longer = [n for n in meetings if n > np.exp(log_n[-1])]
-    return Crossover(min(longer), "extrapolated") if longer else Crossover(None, "never")
+        return Crossover(max((n for n in meetings if n < shortest), default=shortest), "extrapolated")
+    return Crossover(min((n for n in meetings if n > longest), default=longest), "extrapolated")
 
 
 def _meetings(first: Sequence[float], second: Sequence[float]) -> list[float]:

@@ -56,7 +56,7 @@ def rank_flops(model: ModelConfig, work: Work) -> Flops:
 
 def collectives(model: ModelConfig, num_genes: int, work: Work) -> tuple[list[Collective], list[Collective]]:
     """Of a step: those of the context ranks, and those of ZeRO."""
-    layer = exchange_of_a_layer(model, round(work.load.contexts), work.context_ranks)
+    layer = exchange_of_a_layer(model, work.load.contexts, work.context_ranks)
     return (
         [
             Collective(c.purpose, c.operation, c.payload, c.ranks, c.times * model.depth * work.micro_batches)

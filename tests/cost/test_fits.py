@@ -125,6 +125,12 @@ def test_a_crossover_above_all_measured_lengths_is_extrapolated_too():
     assert found.tokens == pytest.approx(3000)
 
 
+def test_laws_that_cross_where_the_measured_curves_do_not_give_the_nearer_end():
+    n, first, second = curves(2500, 8000)
+    assert crossover(n, first, first * 1.1, (LINEAR, QUADRATIC)).tokens == pytest.approx(2500)
+    assert crossover(n, second * 1.1, second, (LINEAR, QUADRATIC)).tokens == pytest.approx(8000)
+
+
 def test_curves_that_never_meet_have_no_crossover():
     n = np.array([1000.0, 2000.0])
     assert crossover(n, n, 2 * n, ([1.0, 0.0], [2.0, 0.0])) == crossover(n, n, 2 * n)

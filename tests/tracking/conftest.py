@@ -88,7 +88,7 @@ def _write_attempt(run_dir: Path, first: int, last: int, status: str | None, rat
             **{
                 "cost/n": n,
                 "cost/M": 64,
-                "cost/n_times_m": n * 64,
+                "cost/n_times_M": n * 64,
                 "cost/attention_flops": 8.0 * n * 64 * 256 * 6,
                 "cost/total_flops": 8.0 * n * 64 * 256 * 6 * 14,
                 "cost/attention_share": 1 / 14,

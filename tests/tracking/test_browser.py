@@ -50,7 +50,7 @@ EVERY_CHART = {
         )
     ),
     *(f"speed/{name}_per_second" for name in ("tokens", "contexts", "flops")),
-    *(f"cost/{name}" for name in ("n", "M", "n_times_m", "attention_flops", "total_flops", "attention_share")),
+    *(f"cost/{name}" for name in ("n", "M", "n_times_M", "attention_flops", "total_flops", "attention_share")),
 }
 
 

@@ -80,7 +80,7 @@ def test_a_run_reads_back_as_it_was_written(make_run: MakeRun, database: str) ->
             )
         ),
         *(f"speed/{key}_per_second" for key in ("tokens", "contexts", "flops")),
-        *(f"cost/{key}" for key in ("n", "M", "n_times_m", "attention_flops", "total_flops")),
+        *(f"cost/{key}" for key in ("n", "M", "n_times_M", "attention_flops", "total_flops")),
         "cost/attention_share",
         *(f"validation/{key}" for key in ("nll", "gene_mean_nll", "difference")),
     }

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import platform
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ def scaling(
         "fits": found,
         "mlflow": identity,
     }
-    where = [f"MLflow: cctrain ui --uri {identity['uri']}"] if identity else []
+    where = [f"MLflow: cctrain ui {shlex.quote(str(folder))}"] if identity else []
     return result, "\n".join([summary(folder, rows, found), *where])
 
 
