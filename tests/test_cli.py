@@ -41,14 +41,14 @@ SMALL = (
 )
 STEP_KEYS = {
     *("event", "attempt", "step", "loss", "learning_rate", "grad_norm", "tokens", "contexts", "targets"),
-    *("step_seconds", "data_seconds", "communication_seconds", "imbalance_seconds"),
+    *("step_seconds", "data_seconds", "communication_seconds", "imbalance_seconds", "checkpoint_seconds"),
     *("samples", "accumulation", "utilisation"),
     *("memory/bytes", "memory/peak_bytes", "cost/sent_bytes"),
     *(f"system/node-0/{name}" for name in ("cpu_percent", "memory_bytes", "network_bytes_per_second")),
     *("cost/n", "cost/M", "cost/attention_flops", "cost/total_flops"),
 }
 MAY_BE_ZERO = {
-    *("data_seconds", "imbalance_seconds", "cost/sent_bytes"),
+    *("data_seconds", "imbalance_seconds", "checkpoint_seconds", "cost/sent_bytes"),
     *("system/node-0/cpu_percent", "system/node-0/network_bytes_per_second"),
 }
 

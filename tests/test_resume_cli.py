@@ -260,6 +260,15 @@ def test_a_save_file_leads_to_a_checkpoint_and_training_goes_on(disturbed):
 
 
 @pytest.mark.representative
+def test_the_step_after_a_checkpoint_says_how_long_training_stood_still_for_it(disturbed):
+    _, ended = disturbed
+    saved, _ = ended["Ctrl-C"].of("checkpoint")
+    stood_still = {line["step"]: line["checkpoint_seconds"] for line in ended["Ctrl-C"].of("step")}
+    assert stood_still.pop(saved["step"] + 1) >= saved["seconds"]
+    assert set(stood_still.values()) == {0.0}
+
+
+@pytest.mark.representative
 def test_a_run_that_was_disturbed_has_the_history_and_the_weights_of_one_that_was_not(disturbed, undisturbed):
     run_dir, ended = disturbed
     assert (ended["end"].code, ended["end"].outcome) == (0, "finished")

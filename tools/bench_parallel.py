@@ -21,7 +21,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cctrain.config import ModelConfig
-from cctrain.cost.traffic import READ, exchange_of_a_layer, ring_of_a_layer, sent, ulysses_of_a_layer
+from cctrain.cost.traffic import (
+    READ,
+    READ_GRADIENT,
+    Collective,
+    exchange_of_a_layer,
+    ring_of_a_layer,
+    ulysses_of_a_layer,
+)
 from cctrain.launch.local import free_port, rank_environment
 from cctrain.model.activations import Activations
 from cctrain.model.layer import CrissCrossLayer
@@ -45,40 +52,40 @@ class Traffic:
         return self.forward + self.backward
 
 
-def criss_cross(model: ModelConfig, num_ranks: int) -> Traffic:
-    exchange = exchange_of_a_layer(model, 1, num_ranks)
+def traffic_of(exchange: list[Collective]) -> Traffic:
     forward = sum(collective.sent for collective in exchange if collective.purpose == READ)
     return Traffic(forward, sum(collective.sent for collective in exchange) - forward)
 
 
-class TrafficCounter(TorchDispatchMode):
-    """Within it, `sent` grows by the bytes that this rank, one of `num_ranks`, sends in collectives among all of them.
+class CollectiveCounter(TorchDispatchMode):
+    """Within it, `made` grows by the collectives that this rank, one of `num_ranks`, makes among all of them.
 
     It sees what PyTorch dispatches, through whichever function and in backward too, so nothing goes by uncounted:
     a collective that it cannot count raises NotImplementedError.
     """
 
-    def __init__(self, num_ranks: int):
+    def __init__(self, purpose: str, num_ranks: int):
         super().__init__()
-        self.num_ranks = num_ranks
-        self.sent = 0.0
+        self.purpose, self.num_ranks = purpose, num_ranks
+        self.made: list[Collective] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
-            self.sent += self._bytes(func.overloadpacket.__name__, args)
+            operation, payload = self._operation_and_payload(func.overloadpacket.__name__, args)
+            self.made.append(Collective(self.purpose, operation, payload, self.num_ranks))
         return func(*args, **(kwargs or {}))
 
-    def _bytes(self, collective: str, args: Any) -> float:
-        if collective == "allreduce_":
+    def _operation_and_payload(self, name: str, args: Any) -> tuple[str, int]:
+        if name == "allreduce_":
             tensors, *_ = args
-            return sent("all_reduce", sum(tensor.nbytes for tensor in tensors), self.num_ranks)
-        if collective == "allgather_":
+            return "all_reduce", sum(tensor.nbytes for tensor in tensors)
+        if name == "allgather_":
             _, mine, *_ = args
-            return sent("all_gather", self.num_ranks * sum(tensor.nbytes for tensor in mine), self.num_ranks)
-        raise NotImplementedError(f"what a rank sends in {collective} is not known here: add its formula")
+            return "all_gather", self.num_ranks * sum(tensor.nbytes for tensor in mine)
+        raise NotImplementedError(f"what a rank sends in {name} is not known here: add its payload")
 
 
-def count_layer(model: ModelConfig, tokens: int, mesh: Mesh) -> Traffic:
+def count_layer(model: ModelConfig, tokens: int, mesh: Mesh) -> list[Collective]:
     """Run a layer on this rank's slice of a context of `tokens` tokens; all ranks of `mesh` call this, one row."""
     torch.manual_seed(0)
     layer = CrissCrossLayer(model.width, model.width, model.heads)
@@ -87,15 +94,15 @@ def count_layer(model: ModelConfig, tokens: int, mesh: Mesh) -> Traffic:
     held = bounds[1] - bounds[0]
     cuts = cut_into_tiles([0, held], -(-tokens // TILE_TOKENS["cpu"]))
     tiles = [torch.randn(cut.stop - cut.start, model.width, requires_grad=True) for cut in cuts]
-    with TrafficCounter(mesh.num_ranks) as forward:
+    with CollectiveCounter(READ, mesh.num_ranks) as forward:
         new_tiles, new_latents = layer(tiles, latents, cuts, Activations(checkpointing=True), context_exchange(mesh))
-    with TrafficCounter(mesh.num_ranks) as backward:
+    with CollectiveCounter(READ_GRADIENT, mesh.num_ranks) as backward:
         torch.stack([new_latents.sum(), *(tile.sum() for tile in new_tiles)]).sum().backward()
-    return Traffic(forward.sent, backward.sent)
+    return [*forward.made, *backward.made]
 
 
-def count_traffic(model: ModelConfig, lengths: list[int], num_ranks: int) -> list[list[Traffic]]:
-    """For each length, what each rank was counted to send; in one start of `num_ranks` processes."""
+def count_collectives(model: ModelConfig, lengths: list[int], num_ranks: int) -> list[list[list[Collective]]]:
+    """For each length, what each rank made for a layer; in one start of `num_ranks` processes."""
     port = free_port()
     plan = json.dumps({"model": asdict(model), "lengths": lengths})
     command = [sys.executable, "-m", "tools.bench_parallel", plan]
@@ -116,14 +123,15 @@ def count_traffic(model: ModelConfig, lengths: list[int], num_ranks: int) -> lis
             rank.kill()
     if any(rank.returncode for rank in ranks):
         raise RuntimeError(f"the ranks ended with {[rank.returncode for rank in ranks]}; what they said is above")
-    by_rank = [[Traffic(**counted) for counted in json.loads(output)] for output in outputs]
-    return [list(traffic) for traffic in zip(*by_rank, strict=True)]
+    by_rank = [[[Collective(**one) for one in made] for made in json.loads(output)] for output in outputs]
+    return [list(made) for made in zip(*by_rank, strict=True)]
 
 
 def be_a_rank(plan: dict[str, Any]) -> None:
     model = ModelConfig(**plan["model"])
     with join_mesh(num_context_ranks=int(os.environ["WORLD_SIZE"])) as mesh:
-        print(json.dumps([asdict(count_layer(model, tokens, mesh)) for tokens in plan["lengths"]]))
+        by_length = [count_layer(model, tokens, mesh) for tokens in plan["lengths"]]
+        print(json.dumps([[asdict(collective) for collective in made] for made in by_length]))
 
 
 def main() -> None:
@@ -146,10 +154,11 @@ def main() -> None:
     )
     rows = []
     for num_ranks in arguments.ranks:
-        counts = count_traffic(model, arguments.lengths, num_ranks)
-        for tokens, counted in zip(arguments.lengths, counts, strict=True):
+        by_length = count_collectives(model, arguments.lengths, num_ranks)
+        for tokens, by_rank in zip(arguments.lengths, by_length, strict=True):
+            counted = [traffic_of(made) for made in by_rank]
             busiest = max(counted, key=lambda traffic: traffic.total)
-            computed = criss_cross(model, num_ranks)
+            computed = traffic_of(exchange_of_a_layer(model, 1, num_ranks))
             others = [
                 Traffic(*law(tokens, model.width, num_ranks, arguments.element_bytes))
                 for law in (ring_of_a_layer, ulysses_of_a_layer)

@@ -5,10 +5,10 @@ from typing import Any
 
 from cctrain.config import Config
 from cctrain.cost.devices import Device
-from cctrain.cost.flops import Flops
+from cctrain.cost.flops import Flops, optimizer_flops
 from cctrain.cost.memory import ActivationMemory, State, peak, rank_memory
 from cctrain.cost.parameters import num_parameters, parameters_by_component
-from cctrain.cost.step_time import StepSeconds, collectives, rank_flops, step_seconds
+from cctrain.cost.step_time import StepSeconds, collectives, parameters_updated, rank_flops, step_seconds
 from cctrain.cost.work import Contexts, Work, work_of
 from cctrain.errors import UsageError
 from cctrain.model.tiles import TILE_TOKENS
@@ -37,8 +37,13 @@ class Needs:
 
     @property
     def flops(self) -> Flops:
-        """Of a step on one rank."""
+        """Of a step on one rank, in products."""
         return rank_flops(self.config.model, self.work)
+
+    @property
+    def optimizer_flops(self) -> float:
+        """Of a step on one rank, elementwise."""
+        return optimizer_flops(parameters_updated(self.config.model, self.contexts.genes, self.work))
 
     @property
     def sent_bytes(self) -> dict[str, float]:
@@ -110,8 +115,8 @@ def as_json(found: Estimate) -> dict[str, Any]:
             "state": asdict(needs.state),
             "activations": asdict(needs.activations),
         },
-        "flops_of_a_rank": flops.total,
-        "flops_by_component": flops.by_component(),
+        "product_flops_of_a_rank": flops.total,
+        "flops_by_component": {**flops.by_component(), "optimizer": needs.optimizer_flops},
         "attention_share": flops.attention / flops.total,
         "sent_bytes_of_a_rank": needs.sent_bytes,
         "checkpoint_bytes": needs.checkpoint_bytes,
@@ -130,7 +135,7 @@ def as_text(found: Estimate) -> str:
     told, needs, work = as_json(found), found.needs, found.needs.work
     config, kept, made = needs.config, needs.state, needs.activations
     largest = _shares(told["step_seconds_by_component"])[:4]
-    of_components = ", ".join(f"{name} {share:.0%}" for name, share in _shares(told["flops_by_component"]))
+    of_components = ", ".join(f"{name} {share:.0%}" for name, share in _shares(needs.flops.by_component()))
     many = f"{work.ranks:,} × {found.device.name}" if work.ranks > 1 else found.device.name
     m = f", {config.model.latents} latents" if config.model.attention == "criss_cross" else ""
     state_of = (kept.weights, kept.masters, kept.moments, kept.gradients, kept.bucket)
@@ -149,8 +154,9 @@ def as_text(found: Estimate) -> str:
         f"          activations {size(made.total)}"
         + (f", and {size(made.offloaded)} elsewhere" if made.offloaded else "")
         + (f"; the process itself {size(found.device.process)}" if found.device.process else ""),
-        f"FLOPs     {told['flops_of_a_rank']:.3g} a step and rank: {of_components}; attention "
-        f"{told['attention_share']:.1%}",
+        f"FLOPs     {needs.flops.total:.3g} a step and rank: {of_components}; attention {told['attention_share']:.1%}",
+        f"          and {needs.optimizer_flops:.3g} of the optimizer, elementwise: "
+        "attention's share and that of the peak are without them",
         f"traffic   {size(needs.sent_bytes['ZeRO'])} a step and rank for ZeRO, "
         f"{size(needs.sent_bytes['context ranks'])} between context ranks",
         f"time      {told['step_seconds']:.3g} s a step: "

@@ -10,7 +10,7 @@ Forward, of one layer and one context of n tokens, with M latents, width d and l
     dense: self-attention 4 · n² · d, token projections 8 · n · d², token MLP 16 · n · d²
 
 and once a step: embedding 2 · n · (2 · d + d²) for the count encoding, head 2 · d² a target, optimizer 14 a parameter
-that the rank holds (AdamW: 1 for decay, 3 + 4 for the moments, 6 for the step).
+that the rank updates (AdamW: 1 for decay, 3 + 4 for the moments, 6 for the step).
 
 Backward is twice forward: a gradient of the weights and one of the inputs, which the count features do not need. The
 attention kernels compute the scores once more there, 2.5 times forward. Checkpointing repeats the forward of the
@@ -18,9 +18,9 @@ layers, but for the read, whose result is kept, and for the last product of each
 Under ZeRO 3 that is repeated too: torch stops when everything that backward needs is there, and DeepSpeed's linear
 layer says what it needs only after its product.
 
-Products of matrices count, and of the optimizer every operation. Not counted: norms, activations, what the head does
-with a target's vector, the loss, the projection of a cell's signs (once a cell); and that every context rank repeats
-the latents' part.
+Products of matrices count, and of the optimizer every operation, which is in no total. Not counted: norms,
+activations, what the head does with a target's vector, the loss, the projection of a cell's signs (once a cell); and
+that every context rank repeats the latents' part.
 """
 
 from collections.abc import Sequence
@@ -106,9 +106,9 @@ def forward_flops(model: ModelConfig, tokens: Sequence[float], targets: float) -
     return Flops(**shared, read=either_way, write=either_way, latents=depth * len(tokens) * model.latents * of_a_latent)
 
 
-def optimizer_flops(parameters_held: float) -> float:
-    """Of one rank."""
-    return ADAMW_FLOPS * parameters_held
+def optimizer_flops(parameters_updated: float) -> float:
+    """Of one rank in a step."""
+    return ADAMW_FLOPS * parameters_updated
 
 
 def _backward(model: ModelConfig, forward: Flops, n: float) -> Flops:

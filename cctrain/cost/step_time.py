@@ -54,6 +54,11 @@ def rank_flops(model: ModelConfig, work: Work) -> Flops:
     return Flops(**{k: v * contexts / (1 if k == "latents" else ranks) for k, v in of_context.items()})
 
 
+def parameters_updated(model: ModelConfig, num_genes: int, work: Work) -> float:
+    """By the optimizer of one rank: without ZeRO each updates all."""
+    return num_parameters(model, num_genes) / (work.ranks if work.zero_stage else 1)
+
+
 def collectives(model: ModelConfig, num_genes: int, work: Work) -> tuple[list[Collective], list[Collective]]:
     """Of a step: those of the context ranks, and those of ZeRO."""
     layer = exchange_of_a_layer(model, work.load.contexts, work.context_ranks)
@@ -74,13 +79,12 @@ def step_seconds(model: ModelConfig, num_genes: int, work: Work, device: Device)
     moved += work.micro_batches * 6 * num_genes * d * e
     stages = num_stages(model, -(-work.load.tokens // work.tile_tokens)) * (1 + passes) / 2
     exchanged, of_zero = collectives(model, num_genes, work)
-    held = num_parameters(model, num_genes) / (work.ranks if work.zero_stage else 1)
     return StepSeconds(
         products=(flops.total - flops.attention) / device.products,
         attention=flops.attention / device.attention,
         elementwise=moved / device.elementwise,
         targets=work.micro_batches * work.load.targets * device.target_seconds,
-        optimizer=held * device.parameter_seconds,
+        optimizer=parameters_updated(model, num_genes, work) * device.parameter_seconds,
         calls=work.micro_batches * stages * device.call,
         exchange=sum(seconds_of(one, device) for one in exchanged),
         zero=sum(seconds_of(one, device) for one in of_zero)

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from cctrain.config import ModelConfig
 from cctrain.cost.parameters import parameter_tensors
 
-READ = "read"
+READ, READ_GRADIENT = "read", "gradient of the read"  # purposes
 SENT = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2}  # times s · (W − 1) / W
 MOST_RANKS_TO_GATHER = 8  # as model/merge has it
 # DeepSpeed's stage3_param_persistence_threshold and stage3_prefetch_bucket_size, in numbers.
@@ -70,7 +70,7 @@ def exchange_of_a_layer(model: ModelConfig, contexts: float, ranks: int) -> list
         if ranks <= MOST_RANKS_TO_GATHER
         else [Collective(READ, "all_reduce", logs, ranks), Collective(READ, "all_reduce", read + logs, ranks)]
     )
-    return [*forward, Collective("gradient of the read", "all_reduce", read, ranks)]
+    return [*forward, Collective(READ_GRADIENT, "all_reduce", read, ranks)]
 
 
 def zero(

@@ -23,7 +23,6 @@ from cctrain.tracking.journal import MEASURED_EVENTS, last_attempt
 from cctrain.tracking.restarts import Line, restarts
 
 STEP_MARKER = "speed/step_seconds"  # every step line has it, and it is finite whatever the loss does
-CHECKPOINT_MARKER = "speed/checkpoint_seconds"
 ATTEMPT_MARKER = "speed/attempt"
 EVALUATE_GROUP = "validation/"
 LATEST_STEPS, EARLIER_STEPS = 1000, 5000
@@ -33,7 +32,7 @@ _MAX_TAG = 5000
 _STALE_SECONDS = 15 * 60
 _OWN_KEYS = ("event", "attempt", "step", "time")
 _SPEED_KEYS = (
-    *("step_seconds", "data_seconds", "communication_seconds", "imbalance_seconds"),
+    *("step_seconds", "data_seconds", "communication_seconds", "imbalance_seconds", "checkpoint_seconds"),
     *("packing_efficiency", "utilisation"),
 )
 _RATES = {"tokens": "tokens", "contexts": "contexts", "cost/total_flops": "flops"}  # of a step: by the second
@@ -46,8 +45,6 @@ def metrics_of(line: Line) -> dict[str, float]:
         return {}
     if line["event"] == "attempt":
         return {ATTEMPT_MARKER: float(line["attempt"])}
-    if line["event"] == "checkpoint":
-        return {CHECKPOINT_MARKER: float(line["seconds"])}
     group = "train/" if line["event"] == "step" else EVALUATE_GROUP
     metrics: dict[str, float] = {}
     for key, value in line.items():
@@ -71,7 +68,7 @@ def metrics_of(line: Line) -> dict[str, float]:
 
 def has_points(line: Line) -> bool:
     """Whether charts show something of a line. `attempt` is no event of the journal: see `attempt_curve`."""
-    return line["event"] in (*MEASURED_EVENTS, "attempt") or (line["event"] == "checkpoint" and "seconds" in line)
+    return line["event"] in (*MEASURED_EVENTS, "attempt")
 
 
 def milliseconds(line: Line) -> int:
@@ -94,16 +91,23 @@ def without_steps_to_repeat(counted: list[Line]) -> list[Line]:
 
 
 def thinned(counted: list[Line]) -> list[Line]:
-    """The history of a long run for charts: all of the last 1,000 steps, of those before at most 5,000, evenly chosen;
-    and everything that is no step.
+    """The history of a long run for charts: all of the last 1,000 steps, of those before at most 5,000, evenly chosen,
+    and those that a checkpoint kept waiting; and everything that is no step.
 
-    Chosen are the multiples of a power of two, so a run that goes on needs none of the points again.
+    Evenly chosen are the multiples of a power of two, so a run that goes on needs none of the points again.
     """
     steps = sorted(line["step"] for line in counted if line["event"] == "step")
     earlier, latest, stride = steps[:-LATEST_STEPS], set(steps[-LATEST_STEPS:]), 1
     while sum(step % stride == 0 for step in earlier) > EARLIER_STEPS:
         stride *= 2
-    return [line for line in counted if line["event"] != "step" or line["step"] in latest or line["step"] % stride == 0]
+    return [
+        line
+        for line in counted
+        if line["event"] != "step"
+        or line["step"] in latest
+        or line["step"] % stride == 0
+        or line.get("checkpoint_seconds", 0) > 0
+    ]
 
 
 def parameters_of(config_file: Path) -> dict[str, str]:

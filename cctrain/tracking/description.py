@@ -20,11 +20,12 @@ _MEANINGS = {
     "speed": "`step_seconds`, of which `data_seconds` went into waiting for data, `communication_seconds` into "
     "collectives, and on one rank `imbalance_seconds` into waiting for the others; and what follows per second. "
     "`utilisation` is the share of what the devices could have computed; `packing_efficiency` is 1 where all ranks "
-    "have as many tokens in each micro-batch; `checkpoint_seconds` is how long training stood still for a save; "
-    "`attempt` steps up at each restart",
+    "have as many tokens in each micro-batch; `checkpoint_seconds` is how long training had stood still for a save "
+    "before the step, beside its `step_seconds`; `attempt` steps up at each restart",
     "cost": "by the closed form, not measured: `n` is the mean number of tokens of a context, `M` the number of "
-    "latents and `n_times_M` their product, with which attention grows; FLOPs of a step in attention and in all, and "
-    "`attention_share`, the one over the other; `sent_bytes` of a rank, over the network",
+    "latents and `n_times_M` their product, with which attention grows; FLOPs of a step's matrix products in attention "
+    "and in all (the optimizer's elementwise ones are in neither), and `attention_share`, the one over the other; "
+    "`sent_bytes` of a rank, over the network",
     "memory": "of the rank that holds the most: `bytes` now, `peak_bytes` at most so far",
     "system": "of each node, on the tab *System metrics*: processors, memory, network",
 }

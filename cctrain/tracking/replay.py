@@ -22,7 +22,6 @@ from cctrain.tracking.address import artifact_folder, check_uri, resolve_uri, st
 from cctrain.tracking.client import connect, find_experiment
 from cctrain.tracking.content import (
     ATTEMPT_MARKER,
-    CHECKPOINT_MARKER,
     EVALUATE_GROUP,
     STEP_MARKER,
     changes_of,
@@ -155,7 +154,7 @@ class Replay:
 
     def _ask_what_arrived(self, run: "Run") -> dict[Place, set[int]]:
         """The times, in milliseconds, of the points that the store holds."""
-        markers = {STEP_MARKER: "step", CHECKPOINT_MARKER: "checkpoint", ATTEMPT_MARKER: "attempt"}
+        markers = {STEP_MARKER: "step", ATTEMPT_MARKER: "attempt"}
         arrived: dict[Place, set[int]] = {}
         for key in run.data.metrics:
             event = "evaluate" if key.startswith(EVALUATE_GROUP) else markers.get(key)

@@ -23,7 +23,7 @@ _SAME_RATE = 1e-9  # the schedule is a formula; only its last bits may depend on
 _MAX_REASON = 200
 _CIRCUMSTANCES = {
     *("time", "attempt", "utilisation"),
-    *("seconds", "step_seconds", "data_seconds", "communication_seconds", "imbalance_seconds"),
+    *("seconds", "step_seconds", "data_seconds", "communication_seconds", "imbalance_seconds", "checkpoint_seconds"),
 }
 _GROUPS_OF_CIRCUMSTANCES = ("memory/", "system/")
 

@@ -88,12 +88,13 @@ def follow(attempt: Attempt, journal: Journal | None, report: Report) -> Ending:
         is_due = looks.every and start.step % looks.every == 0 and start.step not in start.past.looks
         if first_rank_says(bool(is_due), attempt.mesh):
             look(attempt, journal, report, start.step)
-        saved = start.step
+        saved, stood_still = start.step, 0.0
         for result in results:
             step, is_last = result.step, result.step == config.training.steps
             attempt.watchdog.beat(f"after step {step}")
             report.step(step, result.values)
             result.values["utilisation"] = report.utilisation(result.values)
+            result.values["checkpoint_seconds"], stood_still = stood_still, 0.0
             note_step(journal, result)
             took = result.applied or (config.training.precision == "fp16" and math.isfinite(result.values["loss"]))
             skipped.check(step, took, result.samples)
@@ -103,7 +104,7 @@ def follow(attempt: Attempt, journal: Journal | None, report: Report) -> Ending:
                 nll = look(attempt, journal, report, step)
             is_due = checkpoint.every and step % checkpoint.every == 0
             if is_last or is_due or decision.save:
-                save(attempt, journal, result, nll)
+                stood_still = save(attempt, journal, result, nll)
                 saved = step
             if decision.save:
                 attempt.requests.obeyed()
@@ -154,8 +155,9 @@ def look(attempt: Attempt, journal: Journal | None, report: Report, step: int) -
     return values["nll"]
 
 
-def save(attempt: Attempt, journal: Journal | None, result: StepResult, nll: float | None) -> None:
-    """Write a checkpoint, then remove the ones that need not be kept."""
+def save(attempt: Attempt, journal: Journal | None, result: StepResult, nll: float | None) -> float:
+    """Write a checkpoint, then remove the ones that need not be kept; returns how many seconds both took."""
+    started = time.perf_counter()
     attempt.watchdog.beat(f"saving the checkpoint of step {result.step}")
     facts = {
         "position": result.position,
@@ -172,6 +174,7 @@ def save(attempt: Attempt, journal: Journal | None, result: StepResult, nll: flo
         prune(attempt.run_dir, keep.keep, keep.keep_every, keep.keep_best)
         log.debug("checkpoint: %s", saved["path"])
     attempt.watchdog.beat(f"after saving the checkpoint of step {result.step}")
+    return time.perf_counter() - started
 
 
 @contextmanager

@@ -6,7 +6,8 @@ import pytest
 
 from cctrain.config import Config
 from cctrain.cost.devices import load_device
-from cctrain.cost.estimate import Estimate, as_json, estimate, size, summary
+from cctrain.cost.estimate import Estimate, as_json, as_text, estimate, size, summary
+from cctrain.cost.flops import ADAMW_FLOPS
 from cctrain.cost.memory import peak
 from cctrain.cost.step_time import collectives
 from cctrain.cost.work import Contexts
@@ -57,6 +58,24 @@ def test_utilisation_is_the_share_of_the_peak_and_attention_its_share_of_all_flo
     told, flops = as_json(found), found.needs.flops
     assert told["utilisation"] * told["step_seconds"] * DEVICE.peak == pytest.approx(flops.total)
     assert told["attention_share"] == pytest.approx((flops.read + flops.write) / flops.total)
+
+
+def test_the_optimizer_is_a_component_beside_the_products_and_no_part_of_their_sum(found):
+    told = as_json(found)
+    of_components = told["flops_by_component"]
+    # Under ZeRO 1 each of the four ranks updates a quarter.
+    assert of_components.pop("optimizer") == ADAMW_FLOPS * found.needs.parameters / 4
+    assert told["product_flops_of_a_rank"] == sum(of_components.values()) == found.needs.flops.total
+
+
+def test_without_zero_the_optimizer_of_every_rank_updates_all_parameters(found):
+    work = replace(found.needs.work, zero_stage=0)
+    assert replace(found.needs, work=work).optimizer_flops == ADAMW_FLOPS * found.needs.parameters
+
+
+def test_the_text_says_that_the_optimizers_flops_are_in_no_share(found):
+    optimizer = f"and {found.needs.optimizer_flops:.3g} of the optimizer, elementwise"
+    assert f"{optimizer}: attention's share and that of the peak are without them\n" in as_text(found)
 
 
 def test_what_is_sent_is_told_by_who_sends_it(found):

@@ -21,7 +21,7 @@ from cctrain.tracking.projection import LiveProjection, project, sync
 from cctrain.tracking.replay import batches
 
 MakeRun = Callable[..., Path]
-METRICS_OF_A_STEP = 19
+METRICS_OF_A_STEP = 20
 
 
 def _client(uri: str) -> Any:
@@ -112,7 +112,7 @@ def test_a_second_replay_changes_nothing(make_run: MakeRun, database: str) -> No
     run_dir = make_run((1, 60, "finished"))
     first = project(run_dir, database, "cctrain")
     num_stored = _num_stored(database)
-    assert num_stored == 60 * METRICS_OF_A_STEP + 2 * 3 + 1
+    assert num_stored == 60 * METRICS_OF_A_STEP + 2 * 3
     assert project(run_dir, database, "cctrain") == first
     (run_dir / "mlflow.json").unlink()
     assert project(run_dir, database, "cctrain") == first
@@ -120,21 +120,21 @@ def test_a_second_replay_changes_nothing(make_run: MakeRun, database: str) -> No
 
 
 def test_a_second_replay_sends_no_step(make_run: MakeRun, database: str) -> None:
-    run_dir = make_run((1, 50, "preempted"))
+    run_dir = make_run((1, 40, "preempted"))
     sent: list[tuple[int, int]] = []
     project(run_dir, database, "cctrain", progress=lambda *numbers: sent.append(numbers))
-    assert sent == [(53, 53)]
+    assert sent == [(41, 41)]
     sent.clear()
     project(run_dir, database, "cctrain", progress=lambda *numbers: sent.append(numbers))
     assert sent == []
 
 
 def test_a_batch_holds_at_most_a_thousand_metrics_and_never_part_of_a_step(make_run: MakeRun) -> None:
-    lines = [line for line in read_journal(make_run((1, 150, None))) if line["event"] == "step"]
-    found = list(batches(lines))
-    assert [len(metrics) for metrics, _ in found] == [988, 988, 874]
-    assert [num_lines for _, num_lines in found] == [52, 52, 46]
-    assert {metric.step for metric in found[0][0]} == set(range(1, 53))
+    steps = [line for line in read_journal(make_run((1, 150, None))) if line["event"] == "step"]
+    found = list(batches([line | {"memory/bytes": 1} for line in steps]))
+    assert [len(metrics) for metrics, _ in found] == [987, 987, 987, 189]
+    assert [num_lines for _, num_lines in found] == [47, 47, 47, 9]
+    assert {metric.step for metric in found[0][0]} == set(range(1, 48))
     assert list(batches([])) == []
 
 
@@ -168,6 +168,21 @@ def test_the_seconds_of_an_evaluation_are_a_speed(make_run: MakeRun, database: s
     Journal(run_dir, attempt=1).write("evaluate", 3, nll=0.5, seconds=1.5)
     project(run_dir, database, "cctrain")
     assert _points(database, "speed/evaluate_seconds") == [(3, 1.5)]
+
+
+def test_a_journal_from_before_steps_told_what_checkpoints_took_is_replayed_without_that_chart(
+    make_run: MakeRun, database: str
+) -> None:
+    run_dir = make_run((1, 60, "finished"))
+    path = run_dir / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        line.pop("checkpoint_seconds", None)
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    project(run_dir, database, "cctrain")
+    assert [step for step, _ in _points(database, "train/loss")] == list(range(1, 61))
+    assert "speed/checkpoint_seconds" not in _only_run(database).data.metrics
+    assert _only_run(database).data.tags["cctrain.last_checkpoint"] == "50"
 
 
 def test_a_run_under_way_waits_for_the_steps_it_will_repeat(make_run: MakeRun, database: str) -> None:
@@ -267,6 +282,12 @@ def test_of_a_long_run_the_last_thousand_steps_are_chosen_and_at_most_five_thous
     last = num_steps - 1000
     assert taken == [*range(stride, last + 1, stride), *range(last + 1, num_steps + 1)]
     assert last // stride <= 5000 < 2 * last // stride or stride == 1
+
+
+def test_of_a_long_run_every_step_that_a_checkpoint_kept_waiting_is_chosen() -> None:
+    steps = [{"event": "step", "step": step, "checkpoint_seconds": float(step == 501)} for step in range(1, 20_001)]
+    taken = [line["step"] for line in thinned(steps)]
+    assert [step for step in taken if step < 1000 and step % 4] == [501]
 
 
 def test_a_long_run_that_goes_on_needs_no_step_that_was_not_chosen_before() -> None:

@@ -68,7 +68,7 @@ def _attempt(run_dir: Path, first: int, last: int, *, store: str, write_attempt:
         journal.write("step", step, **values)
         if step % 10 == 0:
             journal.write("evaluate", step, nll=0.5 + 1e-6 * number)
-            journal.write("checkpoint", step, path="checkpoints/x", seconds=0.25 * number)
+            journal.write("checkpoint", step, path="checkpoints/x", seconds=0.25)
         if step % 7 == 0:
             replay.follow()
     replay.follow()
@@ -108,7 +108,6 @@ def test_any_number_of_crashes_under_a_live_projection_keep_the_run_and_each_ste
     assert len(ids) == 1
     assert _steps(database) == list(range(1, 65))
     assert _steps(database, "validation/nll") == [10, 20, 30, 40, 50, 60]
-    assert _steps(database, "speed/checkpoint_seconds") == [10, 20, 30, 40, 50, 60]
     assert _doubled(database) == {}
     curve = [(1, 1), (1, 2), (40, 2), (41, 3), (41, 4), (41, 5), (41, 6), (60, 6), (61, 7)]
     assert _points(database, "speed/attempt") == curve
@@ -146,10 +145,10 @@ def test_following_goes_on_behind_the_last_line(make_run: MakeRun, database: str
     journal = Journal(run_dir)
     journal.write("step", 26, loss=0.5, step_seconds=0.1)
     journal.write("checkpoint", 26, path="checkpoints/step-00000026", seconds=1.25)
+    journal.write("step", 27, loss=0.5, step_seconds=0.1)
     replay.follow()
     assert replay.offset == (run_dir / "metrics.jsonl").stat().st_size
-    assert _steps(database) == list(range(1, 27))
-    assert _points(database, "speed/checkpoint_seconds") == [(26, 1.25)]
+    assert _steps(database) == list(range(1, 28))
 
 
 @pytest.mark.parametrize("rate", [1e-3, 5e-4])
@@ -275,10 +274,12 @@ def test_the_status_follows_the_run_through_its_life(make_run: MakeRun, database
     assert _only_run(database).info.end_time
 
 
-def test_the_seconds_of_a_checkpoint_are_a_speed_at_its_step(make_run: MakeRun, database: str) -> None:
-    run_dir = make_run((1, 100, None))
+def test_the_seconds_of_a_checkpoint_are_a_speed_at_the_step_after_it(make_run: MakeRun, database: str) -> None:
+    run_dir = make_run((1, 101, None))
     project(run_dir, database, "cctrain")
-    assert _points(database, "speed/checkpoint_seconds") == [(50, 0.75), (100, 0.75)]
+    points = _points(database, "speed/checkpoint_seconds")
+    assert [step for step, _ in points] == list(range(1, 102))
+    assert [point for point in points if point[1]] == [(51, 0.75), (101, 0.75)]
     assert _only_run(database).data.tags["cctrain.last_checkpoint"] == "100"
 
 
