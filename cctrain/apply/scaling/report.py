@@ -194,18 +194,26 @@ def _speed_ups(found: dict[str, Any]) -> str:
 
 def _points(rows: list[Row]) -> str:
     lines = [
-        "| model | layers | parameters | n | step s | attention s | attention: of FLOPs | of time | MiB | tokens/s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| model | layers | parameters | n | step s | steps timed | attention s | attention: of FLOPs | of time | MiB "
+        "| tokens/s |",
+        "|---" * 11 + "|",
     ]
     for row in rows:
         model = f"| {row['name']} | {row['depth']} | {row['parameters']:,} | {row['tokens']:,} |"
         share = f"{row['attention_share_of_flops']:.1%}"
         if "left_out" in row:
-            lines.append(f"{model} left out: {row['left_out']} | | {share} | | | |")
+            lines.append(f"{model} left out: {row['left_out']} | | | {share} | | | |")
         else:
+            timed = "the first" if _is_of_the_first_step(row) else row["repeats"]
             lines.append(
-                f"{model} {row['step_seconds']:.4g} | {row['attention_seconds']:.4g} | {share} "
+                f"{model} {row['step_seconds']:.4g} | {timed} | {row['attention_seconds']:.4g} | {share} "
                 f"| {row['attention_share_of_time']:.1%} | {row['memory_bytes'] / MIB:,.0f} "
                 f"| {row['tokens_per_second']:,.0f} |"
             )
+    if any(_is_of_the_first_step(row) for row in rows):
+        lines += ["", "`the first`: timed once; what a first step takes longer than later ones is in it."]
     return "\n".join(lines)
+
+
+def _is_of_the_first_step(row: Row) -> bool:
+    return "timings" in row and row["timings"]["steps"] == [row["timings"]["warm_up"]]

@@ -129,6 +129,23 @@ def test_the_report_has_the_share_of_attention_beside_every_point(rows, found):
     assert "Commit: abc" in text
 
 
+def test_a_step_that_was_timed_once_the_first_time_is_marked_in_the_report(rows, found):
+    key = "dense, same depth, n = 32768"
+    timed_once = rows[key] | {"repeats": 1, "timings": rows[key]["timings"] | {"warm_up": 20.5, "steps": [20.5]}}
+    lines = report_text((rows | {key: timed_once}).values(), found, settings(), []).splitlines()
+    marked = [line for line in lines if " | the first | " in line]
+    assert len(marked) == 1
+    assert marked[0].startswith("| dense, same depth |")
+    assert "| 32,768 |" in marked[0]
+    assert any(line.startswith("`the first`: timed once") for line in lines)
+
+
+def test_where_every_first_step_is_apart_none_is_marked(rows, found):
+    text = report_text(rows.values(), found, settings(), [])
+    assert "the first`" not in text
+    assert f"| {next(iter(rows.values()))['step_seconds']:.4g} | 3 |" in text
+
+
 def test_a_point_that_was_left_out_has_its_reason_and_no_time_in_report_and_table(rows, found):
     point = a_plan([65536]).points[0]
     more = rows | {point.key: a_row(point, left_out="out of memory")}
