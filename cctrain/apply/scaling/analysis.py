@@ -1,7 +1,7 @@
-"""What the measured points say: exponents of attention, the law of the whole step, and where dense is slower.
+"""What the measured points say: exponents and terms of attention, the law of the whole step, and where dense is slower.
 
 Pure functions of the rows. Exponents are of contexts of FIT_FROM tokens and more: in shorter ones a good part of the
-time is that of starting kernels. Nothing that was left out enters a fit.
+time is that of starting kernels. Terms are of all lengths. Nothing that was left out enters a fit.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,7 +19,7 @@ DENSE_TERMS = ("n²", "n", "1")
 
 
 def analyse(rows: Iterable[Row], fit_from: int = FIT_FROM) -> dict[str, Any]:
-    """{attention: exponents by name, total: laws by curve, crossovers, speed_ups}, in JSON's types.
+    """{attention: exponents by name, attention_terms and total: laws by curve, crossovers, speed_ups}, in JSON's types.
 
     A fit for which there are too few points is None.
     """
@@ -33,6 +33,10 @@ def analyse(rows: Iterable[Row], fit_from: int = FIT_FROM) -> dict[str, Any]:
     return {
         "fit_from": fit_from,
         "attention": {name: _as_dict(found) for name, found in attention_laws(long, dense, fit_from).items()},
+        "attention_terms": {
+            "criss-cross": _as_dict(attention_terms(ours)),
+            **{DENSE[kind]: _as_dict(dense_attention_terms(of_kind)) for kind, of_kind in dense.items()},
+        },
         "total": {
             "criss-cross": _as_dict(law),
             **{DENSE[kind]: _as_dict(found) for kind, found in dense_laws.items()},
@@ -63,6 +67,20 @@ def attention_laws(long: list[Row], dense: dict[str, list[Row]], fit_from: int) 
     for kind, of_kind in dense.items():
         laws[f"n, {DENSE[kind]}"] = _fit([row for row in of_kind if row["tokens"] >= fit_from], lambda r: r["tokens"])
     return laws
+
+
+def attention_terms(rows: list[Row]) -> SumOfTerms | None:
+    """attention = a·n·M + b·n, seconds."""
+    if len(latents_of(rows)) < 2:
+        return None  # n·M and n would be one term
+    n, m = _column(rows, "tokens"), _column(rows, "latents")
+    return sum_of_terms({"n·M": n * m, "n": n}, _column(rows, "attention_seconds"))
+
+
+def dense_attention_terms(rows: list[Row]) -> SumOfTerms | None:
+    """attention = a·n² + b·n, seconds."""
+    n = _column(rows, "tokens")
+    return sum_of_terms({"n²": n**2, "n": n}, _column(rows, "attention_seconds"))
 
 
 def total_law(rows: list[Row]) -> SumOfTerms | None:

@@ -79,7 +79,7 @@ def _cost(rows: list[Row], found: dict[str, Any]) -> Any:
 
 def _collapse(rows: list[Row], found: dict[str, Any]) -> Any:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.0), layout="constrained")
-    law = found["attention"]["n·M"]
+    law, terms = found["attention"]["n·M"], found["attention_terms"]["criss-cross"]
     for latents, style in _styles(rows).items():
         points = sorted((row for row in rows if row["latents"] == latents), key=lambda row: row["tokens"])
         products = [row["tokens"] * latents for row in points]
@@ -87,6 +87,10 @@ def _collapse(rows: list[Row], found: dict[str, Any]) -> Any:
         left.plot(products, seconds, markersize=5, **style | {"linestyle": "none"}, label=f"M = {latents}")
         per_pair = [1e9 * second / product for second, product in zip(seconds, products, strict=True)]
         right.plot(products, per_pair, markersize=5, linewidth=1, **style)
+        if terms:
+            fitted = 1e9 * (terms["coefficients"]["n·M"]["value"] + terms["coefficients"]["n"]["value"] / latents)
+            ends = [products[0], products[-1]]
+            right.plot(ends, [fitted, fitted], color=style["color"], linewidth=0.8, linestyle="--")
     if law and law["scale"] is not None:
         long = [row["tokens"] * row["latents"] for row in rows if row["tokens"] >= found["fit_from"]]
         ends = [min(long), max(long)]
@@ -98,7 +102,7 @@ def _collapse(rows: list[Row], found: dict[str, Any]) -> Any:
         xscale="log",
         xlabel="n·M",
         ylabel="nanoseconds / (n·M), all layers",
-        title="Attention per pair of token and latent",
+        title="Attention per pair of token and latent" + ("\ndashed: as fitted, a + b / M" if terms else ""),
     )
     right.set_ylim(bottom=0)
     left.legend(frameon=False)

@@ -6,7 +6,6 @@ import platform
 from collections.abc import Iterable
 from typing import Any
 
-from cctrain.apply.scaling.analysis import CRISS_CROSS_TERMS, DENSE_TERMS
 from cctrain.apply.scaling.points import CRISS_CROSS, DENSE, Row
 
 COLUMNS = (
@@ -40,6 +39,7 @@ def report_text(rows: Iterable[Row], found: dict[str, Any], settings: dict[str, 
         _setting_in_words(ordered, settings),
         "## Attention",
         _attention(found),
+        _attention_terms(found),
         "## The whole step",
         _total(found),
         "## Dense beside criss-cross",
@@ -64,9 +64,9 @@ Memory is what the first step added, weights, gradients and AdamW's moments amon
 process's peak of resident memory, on a GPU the most that PyTorch had allocated; with several ranks, of the one with
 the most. FLOPs are by the closed form, recomputation included.
 
-Intervals are at 95 % (Student's t): they hold the noise from point to point, and not what a law leaves out. The law of
-the whole step is fitted to relative errors, with coefficients that are not negative, since each is time that something
-takes. A crossover is *measured* when it lies between two measured lengths (straight line between logarithms), and
+Intervals are at 95 % (Student's t): they hold the noise from point to point, and not what a law leaves out. Sums of
+terms are fitted to relative errors, with coefficients that are not negative, since each is time that something takes.
+A crossover is *measured* when it lies between two measured lengths (straight line between logarithms), and
 *extrapolated*, by the fitted laws, when it does not."""
 
 
@@ -127,15 +127,33 @@ def _attention(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _attention_terms(found: dict[str, Any]) -> str:
+    lines = ["Seconds of attention as a sum of terms, all measured lengths on one context rank:", ""]
+    lines.append(_laws(found["attention_terms"]))
+    law = found["attention_terms"]["criss-cross"]
+    of_a_pair, of_a_token = (law["coefficients"][term]["value"] for term in ("n·M", "n")) if law else (0.0, 0.0)
+    if of_a_token > of_a_pair > 0:
+        lines += [
+            "",
+            "The term with `n` of criss-cross attention is what a token takes however few the latents, such as to read "
+            "and write its query, key, value and result, and their gradients: as much as "
+            f"{of_a_token / of_a_pair:.0f} latents more would take, which pulls the exponents of n·M and of M below 1.",
+        ]
+    return "\n".join(lines)
+
+
 def _total(found: dict[str, Any]) -> str:
-    lines = ["Seconds of a step, all measured lengths on one context rank:", ""]
-    lines += ["| | law | R² | error: median | largest | points |", "|---|---|---|---|---|---|"]
-    for name, law in found["total"].items():
+    return "\n".join(["Seconds of a step, all measured lengths on one context rank:", "", _laws(found["total"])])
+
+
+def _laws(laws: dict[str, dict[str, Any] | None]) -> str:
+    """Sums of terms, by curve."""
+    lines = ["| | law | R² | error: median | largest | points |", "|---|---|---|---|---|---|"]
+    for name, law in laws.items():
         if law is None:
             lines.append(f"| {name} | too few points | | | | |")
             continue
-        terms = CRISS_CROSS_TERMS if name == "criss-cross" else DENSE_TERMS
-        said = " + ".join(_term(law["coefficients"][term], term) for term in terms)
+        said = " + ".join(_term(coefficient, term) for term, coefficient in law["coefficients"].items())
         lines.append(
             f"| {name} | {said} | {law['r_squared']:.4f} | {law['median_error']:.1%} | {law['largest_error']:.1%} "
             f"| {law['points']} |"
@@ -176,18 +194,26 @@ def _speed_ups(found: dict[str, Any]) -> str:
 
 def _points(rows: list[Row]) -> str:
     lines = [
-        "| model | layers | parameters | n | step s | attention s | attention: of FLOPs | of time | MiB | tokens/s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| model | layers | parameters | n | step s | steps timed | attention s | attention: of FLOPs | of time | MiB "
+        "| tokens/s |",
+        "|---" * 11 + "|",
     ]
     for row in rows:
         model = f"| {row['name']} | {row['depth']} | {row['parameters']:,} | {row['tokens']:,} |"
         share = f"{row['attention_share_of_flops']:.1%}"
         if "left_out" in row:
-            lines.append(f"{model} left out: {row['left_out']} | | {share} | | | |")
+            lines.append(f"{model} left out: {row['left_out']} | | | {share} | | | |")
         else:
+            timed = "the first" if _is_of_the_first_step(row) else row["repeats"]
             lines.append(
-                f"{model} {row['step_seconds']:.4g} | {row['attention_seconds']:.4g} | {share} "
+                f"{model} {row['step_seconds']:.4g} | {timed} | {row['attention_seconds']:.4g} | {share} "
                 f"| {row['attention_share_of_time']:.1%} | {row['memory_bytes'] / MIB:,.0f} "
                 f"| {row['tokens_per_second']:,.0f} |"
             )
+    if any(_is_of_the_first_step(row) for row in rows):
+        lines += ["", "`the first`: timed once; what a first step takes longer than later ones is in it."]
     return "\n".join(lines)
+
+
+def _is_of_the_first_step(row: Row) -> bool:
+    return "timings" in row and row["timings"]["steps"] == [row["timings"]["warm_up"]]

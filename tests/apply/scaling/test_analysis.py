@@ -6,10 +6,11 @@ import json
 
 import pytest
 
+from cctrain.apply.scaling import figures
 from cctrain.apply.scaling.analysis import analyse
 from cctrain.apply.scaling.figures import draw_figures
 from cctrain.apply.scaling.report import crossover_in_words, csv_text, report_text
-from tests.apply.scaling.sweeps import PER_PAIR, PER_SQUARE, PER_TOKEN, a_plan, a_row, rows_of, settings
+from tests.apply.scaling.sweeps import LATENTS, PER_PAIR, PER_SQUARE, PER_TOKEN, a_plan, a_row, rows_of, settings
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +21,12 @@ def rows() -> dict:
 @pytest.fixture(scope="module")
 def found(rows) -> dict:
     return analyse(rows.values())
+
+
+@pytest.fixture(scope="module")
+def with_a_term_of_tokens(rows) -> list:
+    """Attention that takes PER_TOKEN more for every token."""
+    return [row | {"attention_seconds": row["attention_seconds"] + PER_TOKEN * row["tokens"]} for row in rows.values()]
 
 
 def test_attention_has_exponent_1_in_each_of_n_and_m_and_2_in_dense(found):
@@ -35,6 +42,23 @@ def test_contexts_below_the_shortest_are_in_no_exponent_but_in_the_law_of_the_st
     with_start, without = analyse(slow_start.values()), analyse(rows.values())
     assert with_start["attention"] == without["attention"]
     assert with_start["total"]["criss-cross"] != without["total"]["criss-cross"]
+
+
+def test_what_a_token_takes_however_few_the_latents_is_told_apart_from_what_its_pairs_take(with_a_term_of_tokens):
+    laws = analyse(with_a_term_of_tokens)["attention_terms"]
+    for name, square, of_a_square in (
+        ("criss-cross", "n·M", PER_PAIR),
+        ("dense, same depth", "n²", PER_SQUARE),
+        ("dense, same parameters", "n²", 2 * PER_SQUARE),
+    ):
+        values = {term: coefficient["value"] for term, coefficient in laws[name]["coefficients"].items()}
+        assert values == {square: pytest.approx(of_a_square), "n": pytest.approx(PER_TOKEN)}, name
+    assert laws["criss-cross"]["points"] == 5 * 3
+
+
+def test_with_latents_of_one_number_what_pairs_take_and_what_tokens_take_are_not_told_apart():
+    rows = rows_of(a_plan(latents=[64]))
+    assert analyse(rows.values())["attention_terms"]["criss-cross"] is None
 
 
 def test_the_law_of_the_whole_step_is_found(found):
@@ -83,6 +107,16 @@ def test_the_report_has_how_far_each_exponent_is_from_theory(found):
     assert "| n, dense, same depth | 2.040 (2.000 to 2.000) | 2 | +0.040 | 1.0000 | 4 |" in text
 
 
+def test_the_report_says_how_many_latents_take_as_long_as_a_token_does_without_any(with_a_term_of_tokens):
+    text = report_text([], analyse(with_a_term_of_tokens), settings(), [])
+    assert "| criss-cross | 1e-08 (1e-08 to 1e-08)·n·M + 2e-05 (2e-05 to 2e-05)·n | 1.0000 | 0.0% | 0.0% | 15 |" in text
+    assert f"as much as {PER_TOKEN / PER_PAIR:.0f} latents more" in text
+
+
+def test_where_a_token_takes_nothing_by_itself_the_report_does_not_explain_it(found):
+    assert "however few the latents" not in report_text([], found, settings(), [])
+
+
 def test_the_report_has_the_share_of_attention_beside_every_point(rows, found):
     text = report_text(rows.values(), found, settings(), ["figures/cost.png"])
     for row in rows.values():
@@ -93,6 +127,23 @@ def test_the_report_has_the_share_of_attention_beside_every_point(rows, found):
         )
     assert "![figures/cost.png](figures/cost.png)" in text
     assert "Commit: abc" in text
+
+
+def test_a_step_that_was_timed_once_the_first_time_is_marked_in_the_report(rows, found):
+    key = "dense, same depth, n = 32768"
+    timed_once = rows[key] | {"repeats": 1, "timings": rows[key]["timings"] | {"warm_up": 20.5, "steps": [20.5]}}
+    lines = report_text((rows | {key: timed_once}).values(), found, settings(), []).splitlines()
+    marked = [line for line in lines if " | the first | " in line]
+    assert len(marked) == 1
+    assert marked[0].startswith("| dense, same depth |")
+    assert "| 32,768 |" in marked[0]
+    assert any(line.startswith("`the first`: timed once") for line in lines)
+
+
+def test_where_every_first_step_is_apart_none_is_marked(rows, found):
+    text = report_text(rows.values(), found, settings(), [])
+    assert "the first`" not in text
+    assert f"| {next(iter(rows.values()))['step_seconds']:.4g} | 3 |" in text
 
 
 def test_a_point_that_was_left_out_has_its_reason_and_no_time_in_report_and_table(rows, found):
@@ -113,6 +164,15 @@ def test_every_figure_is_drawn_as_png_and_svg(tmp_path, found):
     for path in drawn:
         assert path.read_bytes().startswith(b"\x89PNG")
         assert "</svg>" in path.with_suffix(".svg").read_text()
+
+
+def test_the_fitted_time_of_a_pair_is_dashed_beside_the_measured_ones(tmp_path, with_a_term_of_tokens, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures.plt, "close", drawn.append)
+    draw_figures(with_a_term_of_tokens, analyse(with_a_term_of_tokens), tmp_path)
+    of_a_pair = drawn[1].axes[1].lines
+    dashed = [line.get_ydata()[0] for line in of_a_pair if line.get_linestyle() == "--"]
+    assert dashed == pytest.approx([1e9 * (PER_PAIR + PER_TOKEN / latents) for latents in LATENTS])
 
 
 def test_where_nothing_was_measured_nothing_is_drawn(tmp_path, found):

@@ -1,0 +1,103 @@
+"""A made-up repository of one formula, with a file of tests that looks at it and one that does not."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tools.mutate_cost import MODULES, ROOT, edits, mutants, mutate
+
+FORMULA = '''"""The area of 2 frames."""
+
+BORDER = 1.5
+
+
+def area(width: float, number: int = 2) -> float:
+    return number * (width + BORDER)
+'''
+NUMBER_OF_MUTATIONS = 3
+CATCHES = "from cctrain.cost.area import area\n\n\ndef test_area():\n    assert area(1.0) == 5.0\n"
+CATCHES_NOTHING = "from cctrain.cost.area import area\n\n\ndef test_sign():\n    assert area(1.0) != 0\n"
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    files = {
+        "cctrain/__init__.py": "",
+        "cctrain/cost/__init__.py": "",
+        "cctrain/cost/area.py": FORMULA,
+        "tests/cost/test_area.py": CATCHES,
+        "tests/cost/test_sign.py": CATCHES_NOTHING,
+    }
+    for name, text in files.items():
+        path = tmp_path / "repository" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return tmp_path / "repository"
+
+
+def texts(root: Path) -> dict[str, str]:
+    return {str(path.relative_to(root)): path.read_text() for path in root.rglob("*") if path.is_file()}
+
+
+def mutated(source: str) -> list[str]:
+    text = source.encode()
+    return [(text[:begin] + new + text[end:]).decode() for begin, end, new in sorted(edits(text))]
+
+
+def test_each_mutation_has_its_lines_and_the_first_test_that_fails(repository, tmp_path):
+    before, out = texts(repository), tmp_path / "mutations.json"
+    rows = mutate(repository, ["area"], ["tests/cost"], 1, out)
+    assert [(row["before"], row["after"]) for row in rows] == [
+        ("BORDER = 1.5", "BORDER = 3.0"),
+        ("return number * (width + BORDER)", "return number / (width + BORDER)"),
+        ("return number * (width + BORDER)", "return number * (width - BORDER)"),
+    ]
+    assert {row["failed"] for row in rows} == {"tests/cost/test_area.py::test_area"}
+    kept = json.loads(out.read_text())
+    assert (kept["verdict"], kept["mutations"]) == ("3 of 3", rows)
+    assert texts(repository) == before
+
+
+def test_a_mutation_that_no_test_sees_survives_and_what_is_kept_is_not_run_again(repository, tmp_path, monkeypatch):
+    out = tmp_path / "mutations.json"
+    rows = mutate(repository, ["area"], ["tests/cost/test_sign.py"], 2, out)
+    assert [row["failed"] for row in rows] == [None] * NUMBER_OF_MUTATIONS
+    monkeypatch.setattr("tools.mutate_cost.run_tests", None)
+    assert mutate(repository, ["area"], ["tests/cost/test_sign.py"], 1, out) == rows
+    with pytest.raises(SystemExit, match=r"is of the tests tests/cost/test_sign\.py"):
+        mutate(repository, ["area"], ["tests/cost"], 1, out)
+
+
+def test_without_tests_that_pass_and_import_the_module_nothing_is_said(repository):
+    (repository / "tests/cost/test_sign.py").write_text("def test_nothing():\n    pass\n")
+    with pytest.raises(SystemExit, match=r"no test of tests/cost/test_sign\.py imports"):
+        mutate(repository, ["area"], ["tests/cost/test_sign.py"], 1, None)
+    (repository / "cctrain/cost/area.py").write_text(FORMULA.replace("+", "-"))
+    with pytest.raises(SystemExit, match=r"without any mutation .*::test_area fails"):
+        mutate(repository, ["area"], ["tests/cost"], 1, None)
+
+
+@pytest.mark.parametrize(
+    ("source", "changed"),
+    [
+        ("a = 3", ["a = 4"]),
+        ("a = 0.0, 2.5, 1000", ["a = 1.0, 2.5, 1000", "a = 0.0, 5.0, 1000", "a = 0.0, 2.5, 2000"]),
+        ("a = b * (c) / d", ["a = b / (c) / d", "a = b * (c) * d"]),
+        ("a -= b", ["a += b"]),
+        ("a = 'ν' * b", []),
+        ("a = ['ν'], b - c", ["a = ['ν'], b + c"]),
+        ("a = 'x' + (b if c else d)", []),
+        ("a = f'{1 + b}'", []),
+        ("a = True", []),
+        ("def a(b=1, *, c=2): '3'", []),
+        ("class A:\n    b: int = 1", []),
+    ],
+)
+def test_numbers_and_operators_of_formulas_change_and_nothing_else(source, changed):
+    assert mutated(source) == changed
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module_with_formulas_has_mutants(module):
+    assert mutants(ROOT, module)

@@ -1,0 +1,231 @@
+"""Change one number or operator of a cost formula at a time, and see that a test fails.
+
+    python -m tools.mutate_cost [--modules step,work] [--tests tests/cost] [--jobs N] [--out FILE]
+    python -m tools.mutate_cost --dry-run
+
+In the modules of `cctrain/cost` with formulas + becomes -, * becomes /, and the other way round; a number n becomes
+n + 1, a large one or a fraction 2 n. Default values are left alone, for they are configuration, and what stands in
+f-strings, for it is words. Each mutant is a copy of the repository in a folder of its own, on which the quick tests
+run until one fails: those of the module's own file first, then those of files that name it.
+
+FILE keeps every mutation, as text of its line before and after, with the first test that failed, or null. The same
+command goes on where it was stopped; other modules are added. A mutation that survives changed a formula that no test
+looks at, or changed nothing: a person has to see which.
+"""
+
+import argparse
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from cctrain.code_version import code_commit
+from cctrain.words import duration
+from tools.record import add_out, circumstances, keep
+
+ROOT = Path(__file__).parents[1]
+COST = "cctrain/cost"
+MODULES = ("flops", "parameters", "memory", "traffic", "step_time", "step", "work", "plan", "devices", "estimate")
+COPIED = {"cctrain", "tests", "configs", "pyproject.toml"}
+SWAPPED = {ast.Add: (b"+", b"-"), ast.Sub: (b"-", b"+"), ast.Mult: (b"*", b"/"), ast.Div: (b"/", b"*")}
+KILLED_WHEN_HANGING = ("timeout", "-s", "KILL", "1200")  # tests that hang may have started ranks
+
+
+@dataclass(frozen=True, order=True)
+class Mutation:
+    """`before` and `after` are text of the line; `column`, from 0 on, counts bytes, as `ast` does."""
+
+    module: str
+    line: int
+    column: int
+    before: str
+    after: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.py:{self.line}: {self.before}  ->  {self.after}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--modules", default=",".join(MODULES), help="separated by commas (default: all)")
+    parser.add_argument("--tests", default="tests/cost", help="files and folders, with commas (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="mutants at the same time (default: %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="list the mutations and run nothing")
+    add_out(parser)
+    arguments = parser.parse_args()
+    modules = arguments.modules.split(",")
+    if strange := [module for module in modules if module not in MODULES]:
+        parser.error(f"--modules: no {strange[0]}; there are {', '.join(MODULES)}")
+    tests = arguments.tests.split(",")
+    if strange := [test for test in tests if not (ROOT / test).exists()]:
+        parser.error(f"--tests: there is no {strange[0]}")
+    if arguments.dry_run:
+        mutations = [mutation for module in modules for mutation in mutants(ROOT, module)]
+        print("\n".join([*map(str, mutations), f"{len(mutations)} mutations"]))
+        return
+    rows = mutate(ROOT, modules, tests, arguments.jobs, arguments.out)
+    raise SystemExit(1 if any(row["failed"] is None for row in rows) else 0)
+
+
+def mutate(root: Path, modules: list[str], tests: list[str], jobs: int, out: Path | None) -> list[dict[str, Any]]:
+    """Run the mutations of these modules that `out` does not have yet; returns the rows that it has then."""
+    with tempfile.TemporaryDirectory(prefix="cctrain-original-") as folder, ThreadPoolExecutor(jobs) as pool:
+        # The checkout may change in the hour that this takes.
+        original = Path(shutil.copytree(root, folder, ignore=partial(left_out, root), dirs_exist_ok=True))
+        wanted = {mutation: source for module in modules for mutation, source in mutants(original, module).items()}
+        kept = kept_rows(out, tests).items()
+        rows = {mutation: row for mutation, row in kept if mutation in wanted or mutation.module not in modules}
+        missing = [mutation for mutation in wanted if mutation not in rows]
+        if missing:
+            check_tests(original, modules[0], tests)
+        started, commit = time.monotonic(), code_commit()
+        failures = pool.map(lambda one: first_failure(original, one.module, wanted[one], tests), missing)
+        for done, (mutation, failed) in enumerate(zip(missing, failures, strict=True), 1):
+            rows[mutation] = asdict(mutation) | {"failed": failed, "commit": commit}
+            keep(summary(rows, tests), out)
+            left = (time.monotonic() - started) / done * (len(missing) - done)
+            print(f"{mutation}\n  {failed or 'SURVIVED'}\n{done} of {len(missing)}, {duration(left)} left", flush=True)
+    print(f"{summary(rows, tests)['verdict']} make a test fail")
+    return list(rows.values())
+
+
+def left_out(root: Path, folder: str, names: list[str]) -> set[str]:
+    """What a copy does not have."""
+    return set(names) - COPIED if Path(folder) == root else {"__pycache__"}
+
+
+def kept_rows(out: Path | None, tests: list[str]) -> dict[Mutation, dict[str, Any]]:
+    if out is None or not out.exists():
+        return {}
+    kept = json.loads(out.read_text())
+    if kept["tests"] != tests:
+        raise SystemExit(f"{out} is of the tests {', '.join(kept['tests'])}: choose these, or another file")
+    return {Mutation(**{field.name: row[field.name] for field in fields(Mutation)}): row for row in kept["mutations"]}
+
+
+def summary(rows: dict[Mutation, dict[str, Any]], tests: list[str]) -> dict[str, Any]:
+    return {
+        "question": "does a test fail when one number or operator of a cost formula is changed?",
+        "verdict": f"{sum(row['failed'] is not None for row in rows.values())} of {len(rows)}",
+        "tests": tests,
+        "mutations": [rows[mutation] for mutation in sorted(rows)],
+        **circumstances("torch", "deepspeed", "pytest"),
+    }
+
+
+# The mutants of a module
+
+
+def mutants(root: Path, module: str) -> dict[Mutation, bytes]:
+    """The whole source of each, in the order of the text."""
+    source = (root / COST / f"{module}.py").read_bytes()
+    found = {}
+    for begin, end, text in sorted(edits(source)):
+        mutant = source[:begin] + text + source[end:]
+        assert ast.dump(ast.parse(mutant)) != ast.dump(ast.parse(source)), "what was changed is no code"
+        line, line_begin = source.count(b"\n", 0, begin), source.rfind(b"\n", 0, begin) + 1
+        before, after = (version.split(b"\n")[line].decode().strip() for version in (source, mutant))
+        found[Mutation(module, line + 1, begin - line_begin, before, after)] = mutant
+    return found
+
+
+def edits(source: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """(begin, end, what stands there instead)."""
+    lines = [0, *accumulate(map(len, source.splitlines(keepends=True)))]
+
+    def begin(node: Any) -> int:
+        return lines[node.lineno - 1] + node.col_offset
+
+    def end(node: Any) -> int:
+        return lines[node.end_lineno - 1] + node.end_col_offset
+
+    for node in formulas(ast.parse(source)):
+        if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+            yield begin(node), end(node), repr(another(node.value)).encode()
+        elif isinstance(node, ast.BinOp | ast.AugAssign) and type(node.op) in SWAPPED:
+            left, right = (node.left, node.right) if isinstance(node, ast.BinOp) else (node.target, node.value)
+            symbol, other = SWAPPED[type(node.op)]
+            at = source.index(symbol, end(left), begin(right))
+            if not is_text(left) and not is_text(right):
+                yield at, at + 1, other
+
+
+def another(number: Any) -> Any:
+    return 2 * number if number >= 1000 or (isinstance(number, float) and number) else number + 1
+
+
+def formulas(node: ast.AST) -> Iterator[ast.AST]:
+    """All nodes below this one, without default values, and without f-strings, of which Python 3.11 does not say where
+    the parts are."""
+    for child in ast.iter_child_nodes(node):
+        is_field = isinstance(node, ast.ClassDef) and isinstance(child, ast.AnnAssign)
+        if not is_field and not isinstance(child, ast.arguments | ast.JoinedStr):
+            yield child
+            yield from formulas(child)
+
+
+def is_text(node: ast.AST) -> bool:
+    """Strings and lists are joined by + too."""
+    match node:
+        case ast.BinOp(left=one, right=other) | ast.IfExp(body=one, orelse=other):
+            return is_text(one) or is_text(other)
+        case ast.JoinedStr() | ast.List() | ast.Constant(value=str()):
+            return True
+    return False
+
+
+# The tests of a mutant
+
+
+def check_tests(original: Path, module: str, tests: list[str]) -> None:
+    """They must pass, and be of the copy: else no verdict would mean anything."""
+    if failed := first_failure(original, module, (original / COST / f"{module}.py").read_bytes(), tests):
+        raise SystemExit(f"without any mutation {failed} fails")
+    if first_failure(original, module, b"raise ImportError", tests) is None:
+        raise SystemExit(f"no test of {', '.join(tests)} imports {COST}/{module}.py")
+
+
+def first_failure(original: Path, module: str, source: bytes, tests: list[str]) -> str | None:
+    """The first test that fails in a copy that has this source of the module."""
+    with tempfile.TemporaryDirectory(prefix="cctrain-mutant-") as folder:
+        copy = Path(shutil.copytree(original, folder, dirs_exist_ok=True))
+        (copy / COST / f"{module}.py").write_bytes(source)
+        return run_tests(copy, in_order(copy, module, tests))
+
+
+def in_order(copy: Path, module: str, tests: list[str]) -> list[str]:
+    paths = [copy / test for test in tests]
+    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("test_*.py")))]
+    own, name = f"test_{module}.py", re.compile(rf"\bcctrain\.cost\.{module}\b")
+    files.sort(key=lambda file: (file.name != own, name.search(file.read_text()) is None))
+    return [str(file.relative_to(copy)) for file in files]
+
+
+def run_tests(copy: Path, files: list[str]) -> str | None:
+    # No bytecode: of two mutants of the same size within a second Python would take the first one's for both.
+    environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    options = ["-x", "-q", "-rfE", "-m", "not slow", "-p", "no:cacheprovider", "--tb=no"]
+    command = [*KILLED_WHEN_HANGING, sys.executable, "-m", "pytest", *options, *files]
+    ran = subprocess.run(
+        command, cwd=copy, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if ran.returncode == 0:
+        return None
+    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", ran.stdout, re.MULTILINE)
+    return failed[1] if failed else f"pytest ends with {ran.returncode}: {ran.stdout.strip()[-300:]}"
+
+
+if __name__ == "__main__":
+    main()
