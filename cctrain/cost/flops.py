@@ -1,16 +1,5 @@
-"""FLOPs of a training step, by component, from the configuration alone. A multiply-add counts 2.
-
-Forward, of one layer and one context of n tokens, with M latents, width d and latent width d_l:
-
-    read, write          4 · n · M · d each              scores, and the values they weigh: the n·M term
-    token projections    8 · n · d²                      the read's keys and values, the write's queries and output
-    token MLP            16 · n · d²
-    latents              M · (8 · d · d_l + 16 · d_l²)    the other four projections, and the latent MLP
-
-    dense: self-attention 4 · n² · d, token projections 8 · n · d², token MLP 16 · n · d²
-
-and once a step: embedding 2 · n · (2 · d + d²) for the count encoding, head 2 · d² a target, optimizer 14 a parameter
-that the rank updates (AdamW: 1 for decay, 3 + 4 for the moments, 6 for the step).
+"""FLOPs of a training step, by component, from the configuration alone: the formulas are in README.md, "FLOPs and
+parameters", and of the optimizer in "State".
 
 Backward is twice forward: a gradient of the weights and one of the inputs, which the count features do not need. The
 attention kernels compute the scores once more there, 2.5 times forward. Checkpointing repeats the forward of the
@@ -18,9 +7,9 @@ layers, but for the read, whose result is kept, and for the last product of each
 Under ZeRO 3 that is repeated too: torch stops when everything that backward needs is there, and DeepSpeed's linear
 layer says what it needs only after its product.
 
-Products of matrices count, and of the optimizer every operation, which is in no total. Not counted: norms,
-activations, what the head does with a target's vector, the loss, the projection of a cell's signs (once a cell); and
-that every context rank repeats the latents' part.
+Products of matrices count, two for a multiply-add, and of the optimizer every operation, which is in no total (AdamW:
+1 for decay, 3 + 4 for the moments, 6 for the step). Not counted: norms, activations, what the head does with a target's
+vector, the loss, the projection of a cell's signs (once a cell); and that every context rank repeats the latents' part.
 """
 
 from collections.abc import Sequence

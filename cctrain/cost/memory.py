@@ -1,4 +1,5 @@
 """The most bytes that a rank needs in a training step, from the configuration alone: state, and activations.
+README.md has what weighs most of it.
 
 State, in bytes, with P parameters on W ranks, and a bucket of B numbers, DeepSpeed's reduce_bucket_size. `kept` is
 there from step to step; on top of it comes for a while what backward or what the optimizer's step needs.

@@ -1,14 +1,8 @@
-"""Trained parameters, tensor by tensor, from the configuration alone.
+"""Trained parameters, tensor by tensor, from the configuration alone; by component in README.md.
 
-With V genes, width d, latent width d_l, M latents and e signs that tell a cell, of one layer where it says so:
-
-    embedding            V · d + d² + 4 · d + e · d        gene vectors, count encoding, mask; the projection of signs
-    token projections    4 · d² + 2 · d  a layer           keys and values of the read, queries and output of the write
-    token MLP            8 · d² + 6 · d  a layer
-    latents              M · d_l, and  4 · d · d_l + 2 · d_l + 8 · d_l² + 6 · d_l  a layer
-    head                 d² + d + V
-
-    dense: token projections 4 · d² + d a layer, no latents
+The embedding has gene vectors, the count encoding, the mask, and the projection of the signs that tell a cell. Token
+projections are the read's keys and values and the write's queries and output, without a bias; before each of the two is
+a norm with a gain. Those of the latents are the other four.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What a step costs, as every line of the journal says it, and MLflow under `cost/`."""
+"""What a step costs, as every line of the journal says it, and MLflow under `cost/`: README.md has these names."""
 
 from cctrain.config import Config, ModelConfig
 from cctrain.cost.flops import step_flops

@@ -1,15 +1,10 @@
-"""How long a training step takes on given devices: FLOPs, bytes and collectives, each over the rate it gets.
+"""How long a training step takes on given devices: FLOPs, bytes and collectives, each over the rate it gets; README.md,
+"Time of a step".
 
-The parts are added: on these devices nothing is assumed to overlap. What moves through memory beside the products, in
-bytes a token and layer, with elements of e bytes and a token stream of 4, counting what every operation reads and
-writes:
-
-    forward     28 d + 13 e d        three norms, two residuals, GELU
-    backward    48 d + 18 e d
-    recomputed  as forward
-
-a token's embedding moves 28 d + 14 e d more, and a micro-batch 6 V d e, to make, fill and add the gradient of the gene
-vectors, for tokens and for targets.
+The parts are added: on these devices nothing is assumed to overlap. What moves through memory beside the products
+counts what every operation reads and writes: three norms, two residuals and GELU of every token and layer, the
+embedding of every token, and, in every micro-batch, what it takes to make, fill and add the gradient of the gene
+vectors, for tokens and for targets. The token stream has 4 bytes a number, whatever the precision.
 """
 
 from dataclasses import dataclass, fields

@@ -1,28 +1,14 @@
-"""What a rank sends over the network in a training step, by collective, from the configuration alone.
+"""What a rank sends over the network in a training step, by collective, from the configuration alone: README.md,
+"Bytes over the network".
 
 What a collective sends follows from its payload by the bandwidth-optimal algorithms (Thakur, Rabenseifner and Gropp
-2005; Patarasuk and Yuan 2009), whatever gloo or NCCL do in detail; a rank receives as many bytes as it sends. Of W
-ranks, for a payload of s bytes,
+2005; Patarasuk and Yuan 2009), whatever gloo or NCCL do in detail; a rank receives as many bytes as it sends. The
+payload of an all-gather is what every rank has in the end, of a reduce-scatter what every rank had before, and of an
+all-reduce both.
 
-    all-gather      s: what every rank has in the end            s · (W − 1) / W
-    reduce-scatter  s: what every rank had before                s · (W − 1) / W
-    all-reduce      s: what every rank had, and has in the end   2 · s · (W − 1) / W
-
-Context ranks, C for each context, exchange what its M latents read, however many its tokens, in fp32. With k contexts
-in a micro-batch, width d and H heads, a layer
-
-    forward     all-gathers C · 4 · k · M · (d + H)
-                beyond 8 ranks: all-reduces 4 · k · M · H, the largest log-sum-exp, and 4 · k · M · (d + H), the sums
-    backward    all-reduces 4 · k · M · d
-
-ZeRO, among all ranks, with P parameters of b bytes and A micro-batches in a step,
-
-    stage 0     all-reduces b · P once
-    stage 1     all-reduces b · P once, all-gathers b · P once
-    stage 2     all-reduces b · P A times, all-gathers b · P once
-    stage 3     reduce-scatters b · P A times; all-gathers parameters of more than 100,000 numbers A times, the smaller
-                ones once. Of a model of more than 50 million numbers, which is more than is fetched ahead, layers do
-                not stay from forward to backward: 2 · A times, the last ones less often.
+Context ranks exchange what their latents read, however many its tokens, in fp32; up to 8 of them gather it, more of
+them reduce the largest log-sum-exp and then the sums. Of a model of more numbers than ZeRO 3 fetches ahead, layers do
+not stay from forward to backward, and are gathered for both, the last ones less often.
 
 Not counted: the few numbers about a step that ranks tell each other, and what fills tensors up to a multiple of the
 ranks. Ring attention and Ulysses, which share a context by sending its tokens, are here to be compared with.

@@ -98,6 +98,17 @@ def dense_law(rows: list[Row]) -> SumOfTerms | None:
     return sum_of_terms(dict(zip(DENSE_TERMS, (n**2, n, np.ones_like(n)), strict=True)), _column(rows, "step_seconds"))
 
 
+def one_and_several(rows: Iterable[Row]) -> list[tuple[Row, Row]]:
+    """Of each context that was measured on one rank and on several: the two rows; by M, number of ranks and n."""
+    ours = [row for row in rows if row["kind"] == CRISS_CROSS and "step_seconds" in row]
+    one = {(row["latents"], row["tokens"]): row for row in ours if row["context_ranks"] == 1}
+    several = sorted(
+        (row for row in ours if row["context_ranks"] > 1),
+        key=lambda row: (row["latents"], row["context_ranks"], row["tokens"]),
+    )
+    return [(one[key], row) for row in several if (key := (row["latents"], row["tokens"])) in one]
+
+
 def latents_of(rows: Iterable[Row]) -> list[int]:
     return sorted({row["latents"] for row in rows})
 

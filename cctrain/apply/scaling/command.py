@@ -172,7 +172,7 @@ def write_results(folder: Path, rows: dict[str, Row], found: dict[str, Any], set
     """Fits, figures, table and report; returns all their paths."""
     from cctrain.apply.scaling.figures import draw_figures
 
-    figures = draw_figures(rows.values(), found, folder / "figures")
+    figures = draw_figures(rows.values(), found, settings["machine"], folder / "figures")
     shown = [path.relative_to(folder).as_posix() for path in figures]
     texts = {
         "fits.json": json.dumps(found, indent=1, allow_nan=False) + "\n",

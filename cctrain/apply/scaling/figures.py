@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,12 @@ matplotlib.use("Agg")
 from matplotlib import colormaps
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator, PercentFormatter
 
 from cctrain.apply.figures import ACCENT, INK, MUTED
-from cctrain.apply.scaling.analysis import latents_of
+from cctrain.apply.scaling.analysis import latents_of, one_and_several
 from cctrain.apply.scaling.points import CRISS_CROSS, DENSE, Row
-from cctrain.apply.scaling.report import exponent_in_words
+from cctrain.apply.scaling.report import exponent_in_words, threads_in_words
 
 DENSE_STYLES = {
     "same_depth": {"color": ACCENT, "marker": "s", "linestyle": "-"},
@@ -35,10 +36,11 @@ SIZE: dict[Any, Any] = {
 MIB = 2**20
 
 
-def draw_figures(rows: Iterable[Row], found: dict[str, Any], folder: Path) -> list[Path]:
+def draw_figures(rows: Iterable[Row], found: dict[str, Any], machine: dict[str, Any], folder: Path) -> list[Path]:
     """Every figure for which there are points; returns the PNG files. `found` is what `analyse` says."""
     measured = [row for row in rows if "step_seconds" in row]
     one_rank = [row for row in measured if row["context_ranks"] == 1]
+    compared = [row for pair in one_and_several(measured) for row in pair]
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for name, draw, needed in (
@@ -46,7 +48,7 @@ def draw_figures(rows: Iterable[Row], found: dict[str, Any], folder: Path) -> li
         ("collapse", _collapse, [row for row in one_rank if row["kind"] == CRISS_CROSS]),
         ("memory", _memory, one_rank),
         ("time", _where_time_goes, one_rank),
-        ("context_ranks", _context_ranks, _shared_and_alone(measured)),
+        ("context_ranks", partial(_context_ranks, machine=machine), compared),
     ):
         if not needed:
             continue
@@ -143,37 +145,29 @@ def _where_time_goes(rows: list[Row], found: dict[str, Any]) -> Any:
     return figure
 
 
-def _context_ranks(rows: list[Row], found: dict[str, Any]) -> Any:
-    """How many times as long one rank takes as several that share the context."""
-    figure, axes = plt.subplots(figsize=(5.6, 4.0), layout="constrained")
-    styles = _styles(rows)
-    alone = {(row["latents"], row["tokens"]): row["step_seconds"] for row in rows if row["context_ranks"] == 1}
-    numbers = sorted({row["context_ranks"] for row in rows} - {1})
-    for place, number in enumerate(numbers):
-        for latents, style in styles.items():
-            points = sorted(
-                (row["tokens"], alone[latents, row["tokens"]] / row["step_seconds"])
-                for row in rows
-                if row["context_ranks"] == number and row["latents"] == latents
-            )
-            dashes = "-" if place == 0 else (0, (4, place))
-            label = f"M = {latents}, {number} context ranks"
-            axes.plot(*zip(*points, strict=True), markersize=5, **style | {"linestyle": dashes}, label=label)
-    axes.axhline(1.0, color=MUTED, linewidth=1)
-    _logarithmic(axes, sorted({row["tokens"] for row in rows}))
-    axes.set(yscale="linear", ylabel="times as fast as one rank", title="A context shared by several ranks")
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
+def _context_ranks(rows: list[Row], found: dict[str, Any], machine: dict[str, Any]) -> Any:
+    """Time of a step and memory of a rank, for contexts on one rank and shared by several."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
+    styles, numbers = _styles(rows), sorted({row["context_ranks"] for row in rows})
+    for latents, number in sorted({(row["latents"], row["context_ranks"]) for row in rows}):
+        shared = {"linestyle": (0, (4, numbers.index(number))), "markerfacecolor": "white"} if number > 1 else {}
+        style = styles[latents] | shared | {"label": f"M = {latents}, {number} rank" + "s" * (number > 1)}
+        points = sorted(
+            (row["tokens"], row["step_seconds"], row["memory_bytes"] / MIB)
+            for row in rows
+            if (row["latents"], row["context_ranks"]) == (latents, number)
+        )
+        tokens, seconds, memory = zip(*points, strict=True)
+        left.plot(tokens, seconds, markersize=5, linewidth=1.3, **style)
+        right.plot(tokens, memory, markersize=5, linewidth=1.3, **style)
+    for axes in (left, right):
+        _logarithmic(axes, sorted({row["tokens"] for row in rows}))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+    left.set(ylabel="seconds", title=f"A whole training step\n{threads_in_words(machine, numbers[1:])}")
+    right.set(ylabel="MiB", title="Memory of a rank; weights, gradients\nand moments are whole on each")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
-
-
-def _shared_and_alone(rows: list[Row]) -> list[Row]:
-    """Criss-cross points that were measured on one rank and on more; empty if there is no such pair."""
-    ours = [row for row in rows if row["kind"] == CRISS_CROSS]
-    ranks: dict[tuple[int, int], set[int]] = {}
-    for row in ours:
-        ranks.setdefault((row["latents"], row["tokens"]), set()).add(row["context_ranks"])
-    return [row for row in ours if {1} < ranks[row["latents"], row["tokens"]]]
 
 
 def _curves(axes: Axes, rows: list[Row], of: Callable[[Row], float]) -> None:

@@ -108,9 +108,15 @@ def _run(
     if num_ranks == 1:
         return task(*arguments)
     os.environ.update(rank_environment(rank, num_ranks, port))
-    torch.set_num_threads(max(1, torch.get_num_threads() // num_ranks))  # left alone, each would take all cores
+    # Left alone, each would take all cores.
+    torch.set_num_threads(threads_of_a_rank(torch.get_num_threads(), num_ranks))
     with join_mesh(PATIENCE, num_ranks) as mesh:
         return task(*arguments, mesh)
+
+
+def threads_of_a_rank(threads: int, num_ranks: int) -> int:
+    """On a CPU; `threads` are those of one rank alone."""
+    return max(1, threads // num_ranks)
 
 
 def _end_with_parent() -> None:

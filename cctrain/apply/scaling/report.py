@@ -6,7 +6,12 @@ import platform
 from collections.abc import Iterable
 from typing import Any
 
+from cctrain.apply.scaling.analysis import one_and_several
 from cctrain.apply.scaling.points import CRISS_CROSS, DENSE, Row
+from cctrain.apply.scaling.processes import threads_of_a_rank
+from cctrain.config import ModelConfig
+from cctrain.cost.traffic import exchange_of_a_layer, sent
+from cctrain.cost.work import ELEMENT_BYTES
 
 COLUMNS = (
     *("name", "kind", "attention", "latents", "context_ranks", "depth", "parameters", "tokens"),
@@ -45,6 +50,7 @@ def report_text(rows: Iterable[Row], found: dict[str, Any], settings: dict[str, 
         "## Dense beside criss-cross",
         _crossovers(found),
         _speed_ups(found),
+        _context_ranks(one_and_several(ordered), settings),
         *(f"![{path}]({path})" for path in figures),
         "## All points",
         _points(ordered),
@@ -190,6 +196,72 @@ def _speed_ups(found: dict[str, Any]) -> str:
         cells = [times.get((latents, kind, tokens)) for latents, kind in columns]
         lines.append(f"| {tokens:,} | " + " | ".join("" if c is None else f"{c:.2f}" for c in cells) + " |")
     return "\n".join(lines)
+
+
+def threads_in_words(machine: dict[str, Any], context_ranks: Iterable[int]) -> str:
+    """What one rank alone computes with, and each of so many."""
+    if machine["device"] == "cuda":
+        return "a GPU for each rank"
+    threads = machine["threads"]
+    several = [f"{threads_of_a_rank(threads, ranks)} for each of {ranks}" for ranks in context_ranks]
+    return f"threads: {threads} for one rank, {', '.join(several)}"
+
+
+def _context_ranks(pairs: list[tuple[Row, Row]], settings: dict[str, Any]) -> str:
+    """`pairs` as `one_and_several` gives them."""
+    if not pairs:
+        return ""
+    numbers = sorted({several["context_ranks"] for _, several in pairs})
+    lines = [
+        "## Context ranks",
+        "",
+        "A context on one rank, and shared by several, each with its part of the tokens "
+        f"({threads_in_words(settings['machine'], numbers)}). {_meaning_of_speed_ups(settings['machine'], numbers)}",
+        "",
+        "| M | n | ranks | step s: one | several | times as fast | attention s: one | several | bytes sent "
+        "| MiB of a rank: one | several | ratio |",
+        "|---" * 12 + "|",
+    ]
+    for one, several in pairs:
+        seconds, attention, memory = (
+            (one[key], several[key]) for key in ("step_seconds", "attention_seconds", "memory_bytes")
+        )
+        lines.append(
+            f"| {several['latents']} | {several['tokens']:,} | {several['context_ranks']} "
+            f"| {seconds[0]:.4g} | {seconds[1]:.4g} | {seconds[0] / seconds[1]:.2f} "
+            f"| {attention[0]:.4g} | {attention[1]:.4g} | {_exchanged_bytes(several, settings):,.0f} "
+            f"| {memory[0] / MIB:,.0f} | {memory[1] / MIB:,.0f} | {memory[1] / memory[0]:.2f} |"
+        )
+    gradients = [_gradient_bytes(several, settings) for _, several in pairs]
+    lines += [
+        "",
+        "Bytes sent are by the closed form: of one rank in a step, to exchange what the latents read and its gradient, "
+        "which is in the time of attention, and as much whatever n is. To sum the gradients of the parameters a rank "
+        f"sends up to {max(gradients):,.0f} more. Weights, gradients and moments are whole on every rank: a sweep runs "
+        "without ZeRO.",
+    ]
+    return "\n".join(lines)
+
+
+def _meaning_of_speed_ups(machine: dict[str, Any], context_ranks: list[int]) -> str:
+    if machine["device"] == "cuda":
+        return "As many times as fast as there are ranks would be to share at no cost."
+    threads = machine["threads"]
+    if any(ranks * threads_of_a_rank(threads, ranks) != threads for ranks in context_ranks):
+        return "These are not as many cores in all, so the times do not tell what sharing costs."
+    return (
+        "These are as many cores in all, so less than 1 times as fast is what sharing costs: what it gives here is "
+        "memory, and time only where it brings more cores."
+    )
+
+
+def _exchanged_bytes(row: Row, settings: dict[str, Any]) -> float:
+    model = ModelConfig(**settings["model"] | {"latents": row["latents"]})
+    return row["depth"] * sum(one.sent for one in exchange_of_a_layer(model, 1, row["context_ranks"]))
+
+
+def _gradient_bytes(row: Row, settings: dict[str, Any]) -> float:
+    return sent("all_reduce", ELEMENT_BYTES[settings["precision"]] * row["parameters"], row["context_ranks"])
 
 
 def _points(rows: list[Row]) -> str:

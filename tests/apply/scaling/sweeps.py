@@ -41,7 +41,7 @@ def timings(point: Point, noise: float = 1.0) -> dict[str, Any]:
         "attention_of_a_layer": [attention / point.context_ranks / depth] * 3,
         "matrix_products": [1e-3] * 3,
         "flops_of_matrix_products": 1e8,
-        "memory_bytes": 1000 * n * depth,
+        "memory_bytes": 1000 * n * depth // point.context_ranks,
     }
 
 

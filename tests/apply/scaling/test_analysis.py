@@ -12,6 +12,8 @@ from cctrain.apply.scaling.figures import draw_figures
 from cctrain.apply.scaling.report import crossover_in_words, csv_text, report_text
 from tests.apply.scaling.sweeps import LATENTS, PER_PAIR, PER_SQUARE, PER_TOKEN, a_plan, a_row, rows_of, settings
 
+MACHINE = settings()["machine"]
+
 
 @pytest.fixture(scope="module")
 def rows() -> dict:
@@ -157,9 +159,50 @@ def test_a_point_that_was_left_out_has_its_reason_and_no_time_in_report_and_tabl
     assert line["tokens"] == "65536"
 
 
+def context_ranks_in_report(rows, found, machine=MACHINE) -> str:
+    text = report_text(rows, found, settings() | {"machine": machine}, [])
+    return text.partition("## Context ranks\n")[2].partition("\n## ")[0]
+
+
+def test_the_report_has_time_memory_and_bytes_sent_of_each_context_on_one_rank_and_on_several(found):
+    rows = rows_of(a_plan([4096, 8192], [32], context_ranks=(1, 2)))
+    rows["criss-cross, M = 32, 2 context ranks, n = 8192"] |= {"step_seconds": 0.2, "attention_seconds": 0.05}
+    table = [line for line in context_ranks_in_report(rows.values(), found).splitlines() if line.startswith("| 32 |")]
+    # Of 2 layers of width 16 with 2 heads: 4 bytes · 32 latents · (16 + 2) gathered, and · 16 reduced.
+    sent = 2 * 4 * 32 * (18 + 16)
+    assert table == [
+        f"| 32 | 4,096 | 2 | 0.08323 | 0.04162 | 2.00 | 0.001311 | 0.0006554 | {sent:,} | 8 | 4 | 0.50 |",
+        f"| 32 | 8,192 | 2 | 0.1665 | 0.2 | 0.83 | 0.002621 | 0.05 | {sent:,} | 16 | 8 | 0.50 |",
+    ]
+
+
+def test_the_report_tells_what_the_sum_of_the_gradients_sends_apart(found):
+    rows = rows_of(a_plan([4096], [32, 64], context_ranks=(1, 2)))
+    parameters = max(row["parameters"] for row in rows.values() if row["context_ranks"] == 2)
+    assert f"sends up to {4 * parameters:,} more" in context_ranks_in_report(rows.values(), found)
+
+
+@pytest.mark.parametrize(
+    ("machine", "said"),
+    [
+        ({"device": "cpu", "threads": 4}, "(threads: 4 for one rank, 2 for each of 2). These are as many cores in all"),
+        ({"device": "cpu", "threads": 3}, "(threads: 3 for one rank, 1 for each of 2). These are not as many cores"),
+        ({"device": "cuda", "threads": 4}, "(a GPU for each rank). As many times as fast as there are ranks"),
+    ],
+)
+def test_the_report_says_whether_one_rank_and_several_had_as_many_cores(found, machine, said):
+    rows = rows_of(a_plan([4096], [32], context_ranks=(1, 2)))
+    assert said in context_ranks_in_report(rows.values(), found, machine)
+
+
+def test_contexts_that_were_not_measured_on_one_rank_and_on_several_are_not_compared(rows, found):
+    shared = rows_of(a_plan([2048], context_ranks=(2,)))
+    assert context_ranks_in_report((rows | shared).values(), found) == ""
+
+
 def test_every_figure_is_drawn_as_png_and_svg(tmp_path, found):
     rows = rows_of(a_plan([1024, 4096], context_ranks=(1, 2)))
-    drawn = draw_figures(rows.values(), found, tmp_path)
+    drawn = draw_figures(rows.values(), found, MACHINE, tmp_path)
     assert [path.stem for path in drawn] == ["cost", "collapse", "memory", "time", "context_ranks"]
     for path in drawn:
         assert path.read_bytes().startswith(b"\x89PNG")
@@ -169,11 +212,25 @@ def test_every_figure_is_drawn_as_png_and_svg(tmp_path, found):
 def test_the_fitted_time_of_a_pair_is_dashed_beside_the_measured_ones(tmp_path, with_a_term_of_tokens, monkeypatch):
     drawn = []
     monkeypatch.setattr(figures.plt, "close", drawn.append)
-    draw_figures(with_a_term_of_tokens, analyse(with_a_term_of_tokens), tmp_path)
+    draw_figures(with_a_term_of_tokens, analyse(with_a_term_of_tokens), MACHINE, tmp_path)
     of_a_pair = drawn[1].axes[1].lines
     dashed = [line.get_ydata()[0] for line in of_a_pair if line.get_linestyle() == "--"]
     assert dashed == pytest.approx([1e9 * (PER_PAIR + PER_TOKEN / latents) for latents in LATENTS])
 
 
+def test_contexts_on_one_rank_and_on_several_are_drawn_with_time_and_memory(tmp_path, found, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures.plt, "close", drawn.append)
+    rows = rows_of(a_plan([1024, 4096], [32, 64], context_ranks=(1, 2)))
+    draw_figures([*rows.values(), *rows_of(a_plan([8192], [32])).values()], found, MACHINE, tmp_path)
+    seconds, memory = drawn[-1].axes
+    assert "threads: 2 for one rank, 1 for each of 2" in seconds.get_title()
+    for axes, key, unit in ((seconds, "step_seconds", 1), (memory, "memory_bytes", 2**20)):
+        lines = {line.get_label(): dict(zip(*line.get_data(), strict=True)) for line in axes.lines}
+        assert lines.keys() == {f"M = {m}, {ranks}" for m in (32, 64) for ranks in ("1 rank", "2 ranks")}
+        of_two = {n: rows[f"criss-cross, M = 64, 2 context ranks, n = {n}"][key] / unit for n in (1024, 4096)}
+        assert lines["M = 64, 2 ranks"] == of_two
+
+
 def test_where_nothing_was_measured_nothing_is_drawn(tmp_path, found):
-    assert draw_figures([a_row(a_plan().points[0], left_out="out of memory")], found, tmp_path) == []
+    assert draw_figures([a_row(a_plan().points[0], left_out="out of memory")], found, MACHINE, tmp_path) == []

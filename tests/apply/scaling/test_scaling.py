@@ -44,7 +44,7 @@ def quick_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Points take no time, nor do pictures."""
     lawful = lambda point, *_: timings(point)  # noqa: E731
     monkeypatch.setattr(command, "sweep", lambda folder, plan, rows: sweep(folder, plan, rows, lawful))
-    monkeypatch.setattr("cctrain.apply.scaling.figures.draw_figures", lambda rows, found, folder: [])
+    monkeypatch.setattr("cctrain.apply.scaling.figures.draw_figures", lambda *_: [])
 
 
 def out_of_memory() -> dict[str, Any]:
