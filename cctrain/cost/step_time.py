@@ -1,8 +1,8 @@
 """How long a training step takes on given devices: FLOPs, bytes and collectives, each over the rate it gets.
 
-The parts are added: on these devices nothing is assumed to overlap. What moves through memory beside the products, in
-bytes a token and layer, with elements of e bytes and a token stream of 4, counting what every operation reads and
-writes:
+The parts are added: on these devices nothing is assumed to overlap. All are multiplied by what a rehearsal took beyond
+its parts, where there was one. What moves through memory beside the products, in bytes a token and layer, with elements
+of e bytes and a token stream of 4, counting what every operation reads and writes:
 
     forward     28 d + 13 e d        three norms, two residuals, GELU
     backward    48 d + 18 e d
@@ -79,7 +79,7 @@ def step_seconds(model: ModelConfig, num_genes: int, work: Work, device: Device)
     moved += work.micro_batches * 6 * num_genes * d * e
     stages = num_stages(model, -(-work.load.tokens // work.tile_tokens)) * (1 + passes) / 2
     exchanged, of_zero = collectives(model, num_genes, work)
-    return StepSeconds(
+    parts = StepSeconds(
         products=(flops.total - flops.attention) / device.products,
         attention=flops.attention / device.attention,
         elementwise=moved / device.elementwise,
@@ -90,6 +90,7 @@ def step_seconds(model: ModelConfig, num_genes: int, work: Work, device: Device)
         zero=sum(seconds_of(one, device) for one in of_zero)
         + (SMALL_COLLECTIVES * device.latency if work.ranks > 1 else 0.0),
     )
+    return parts.scaled(device.rehearsed_over_parts)
 
 
 def num_stages(model: ModelConfig, tiles: float) -> float:
