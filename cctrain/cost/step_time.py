@@ -67,7 +67,7 @@ def collectives(model: ModelConfig, num_genes: int, work: Work) -> tuple[list[Co
             Collective(c.purpose, c.operation, c.payload, c.ranks, c.times * model.depth * work.micro_batches)
             for c in layer
         ],
-        zero(model, num_genes, work.zero_stage, work.element_bytes, work.ranks, work.micro_batches),
+        zero(model, num_genes, work.zero_stage, work.element_bytes, work.ranks, work.micro_batches, work.gathering),
     )
 
 
@@ -101,4 +101,4 @@ def num_stages(model: ModelConfig, tiles: float) -> float:
 def seconds_of(collective: Collective, device: Device) -> float:
     """A group that fits into a node is in one."""
     rate = device.inside if collective.ranks <= device.per_node else device.between
-    return collective.sent / rate + collective.times * device.latency
+    return collective.sent / rate + collective.times * collective.calls * device.latency

@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from cctrain.config import ModelConfig
+from cctrain.config import Config, ModelConfig
 from cctrain.cost.devices import Device
 from cctrain.cost.flops import step_flops
+from cctrain.cost.memory import rank_memory, state
 from cctrain.cost.parameters import num_parameters
+from cctrain.cost.step import step_traffic
 from cctrain.cost.step_time import (
     SMALL_COLLECTIVES,
     StepSeconds,
@@ -17,7 +19,8 @@ from cctrain.cost.step_time import (
     seconds_of,
     step_seconds,
 )
-from cctrain.cost.traffic import Collective, exchange_of_a_layer, zero
+from cctrain.cost.traffic import Collective, Gathering, exchange_of_a_layer, zero
+from cctrain.cost.work import Contexts, work_of
 from tests.cost.conftest import WORK_GENES as GENES
 from tests.cost.conftest import WORK_MODEL as MODEL
 from tests.cost.conftest import work
@@ -152,7 +155,25 @@ def test_zero_is_among_all_ranks():
     assert of_zero == zero(MODEL, GENES, stage=2, element_bytes=2, ranks=4, micro_batches=2)
 
 
+def test_zero_gathers_as_the_configuration_says():
+    config = Config(model=MODEL, deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 100}})
+    config.data.micro_batch_tokens, config.parallel.zero_stage = 1000, 3
+    rank = work_of(config, Contexts(1000, 50, GENES), ranks=2, tile_tokens=256)
+    gathering = Gathering(stage3_param_persistence_threshold=100)
+    _, of_zero = collectives(MODEL, GENES, rank)
+    assert of_zero == zero(MODEL, GENES, 3, 4, 2, rank.micro_batches, gathering)
+    held, _ = rank_memory(config, GENES, rank)
+    assert held.weights == state(MODEL, GENES, 3, 4, 2, 0, gathering).weights
+    told = step_traffic(config, GENES, contexts=16, micro_batches=rank.micro_batches, ranks=2)
+    assert told["cost/sent_bytes"] == sum(one.sent for one in of_zero)
+
+
 def test_a_group_larger_than_a_node_sends_at_the_rate_between_nodes():
     device = replace(IDLE, inside=100.0, between=10.0, latency=3.0)
     assert seconds_of(Collective("", "all_gather", 800, 8, times=2), device) == pytest.approx(2 * 700 / 100 + 6)
     assert seconds_of(Collective("", "all_gather", 1600, 16), device) == pytest.approx(1500 / 10 + 3)
+
+
+def test_every_call_of_a_collective_waits():
+    device = replace(IDLE, inside=100.0, latency=3.0)
+    assert seconds_of(Collective("", "all_gather", 800, 8, times=2, calls=5), device) == 2 * 700 / 100 + 2 * 5 * 3
