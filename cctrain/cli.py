@@ -330,10 +330,22 @@ def embed(
 def estimate(
     config: ConfigFile,
     overrides: Overrides = None,
-    ranks: Annotated[int | None, typer.Option(help="Devices in all. Default: those of this machine.", min=1)] = None,
+    ranks: Annotated[
+        int | None, typer.Option(help="Devices in all. Default: those of this machine or FILE, or 1.", min=1)
+    ] = None,
     device: Annotated[
         str | None,
-        typer.Option(metavar="NAME|FILE", help="h100, h200, a100, or a YAML file like theirs. Default: this machine."),
+        typer.Option(
+            metavar="NAME|FILE",
+            help="h100, h200, a100, or a YAML file: like theirs, or of --save-device. Default: this machine.",
+        ),
+    ] = None,
+    save_device: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Keep what is measured here, for --device FILE, here or elsewhere."),
+    ] = None,
+    token_budget: Annotated[
+        float | None, typer.Option(metavar="N", help="Tokens to train on, such as 10e9: tell steps and hours of it.")
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens of a context, where there is no store yet.", min=1)] = None,
     genes: Annotated[int, typer.Option(help="With --tokens: genes of the vocabulary.", min=1)] = 20_000,
@@ -342,17 +354,17 @@ def estimate(
 ) -> None:
     """What a training will need, before it is spent: memory, FLOPs, traffic, time.
 
-    On this machine it measures the parts of a step and rehearses a few, for half a minute; of others it is a model.
+    On this machine it measures the parts of a step and rehearses a few, for half a minute; --save-device keeps that. Of
+    other devices it is a model.
     """
 
     def work() -> Any:
         from cctrain.apply.estimate import estimate_configuration
-        from cctrain.cost.estimate import as_json, as_text
-        from cctrain.launch.local import default_ranks
+        from cctrain.cost.estimate import as_json, as_text, check_budget
 
-        num_ranks = ranks or (1 if device else default_ranks())
-        found = estimate_configuration(config, overrides or [], num_ranks, device, tokens, genes)
-        return as_json(found), as_text(found)
+        check_budget(token_budget)
+        found = estimate_configuration(config, overrides or [], ranks, device, tokens, genes, save_device)
+        return as_json(found, token_budget), as_text(found, token_budget)
 
     run_command(work, as_json, debug)
 

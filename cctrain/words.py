@@ -1,4 +1,6 @@
-"""Quantities as a person reads them."""
+"""Quantities and models as a person reads them."""
+
+from cctrain.config import ModelConfig
 
 
 def duration(seconds: float) -> str:
@@ -7,3 +9,8 @@ def duration(seconds: float) -> str:
     unit, length = next((one for one in units if seconds >= 2 * one[1]), ("s", 1))
     number = seconds / length
     return f"{number:,.0f} {unit}" if number >= 10 else f"{number:.2g} {unit}"
+
+
+def model_in_words(model: ModelConfig) -> str:
+    latents = f", {model.latents} latents" if model.attention == "criss_cross" else ""
+    return f"{model.attention}, {model.depth} layers, width {model.width}, {model.heads} heads{latents}"

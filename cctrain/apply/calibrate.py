@@ -6,11 +6,14 @@ take turns.
 """
 
 import json
+import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -20,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cctrain.config import MemoryConfig, ModelConfig
-from cctrain.cost.devices import Device
+from cctrain.cost.devices import Device, Measured
 from cctrain.cost.flops import step_flops
 from cctrain.cost.step_time import num_stages
 from cctrain.errors import TrainingError
@@ -32,6 +35,7 @@ from cctrain.model.transformer import Inputs, Transformer, initialize
 from cctrain.parallel.mesh import Mesh, join_mesh
 from cctrain.training.engine import DTYPES
 from cctrain.training.objective import negative_log_likelihood
+from cctrain.words import model_in_words
 
 ROUNDS, SECONDS_A_ROUND = 5, 0.15  # of each part
 TOKENS_OF_DENSE, TARGETS, PARAMETERS = 2048, 20_000, 4_000_000
@@ -41,7 +45,9 @@ LARGE_PAYLOAD, SMALL_PAYLOAD = 2**18, 8  # numbers
 def calibrate(model: ModelConfig, precision: str, num_ranks: int) -> Device:
     """Measure with `num_ranks` local processes. Raises TrainingError if one of them fails."""
     plan = json.dumps({"model": asdict(model), "precision": precision})
-    return Device(**on_local_ranks("cctrain.apply.calibrate", plan, num_ranks))
+    found = Device(**on_local_ranks("cctrain.apply.calibrate", plan, num_ranks))
+    today = datetime.now(UTC).date().isoformat()
+    return replace(found, measured=Measured(today, model_in_words(model), precision, num_ranks))
 
 
 def on_local_ranks(module: str, argument: str, num_ranks: int) -> dict[str, Any]:
@@ -81,7 +87,7 @@ def measure(model: ModelConfig, precision: str, mesh: Mesh) -> Device:
     on_gpu = device.type == "cuda"
     memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total
     return Device(
-        name=torch.cuda.get_device_name(device) if on_gpu else f"this machine's CPU, {torch.get_num_threads()} threads",
+        name=torch.cuda.get_device_name(device) if on_gpu else f"{processor()}, {torch.get_num_threads()} thread(s)",
         memory=memory if on_gpu else memory / mesh.num_ranks,
         peak=max(rate["peak"], rate["products"]),
         products=rate["products"],
@@ -95,8 +101,15 @@ def measure(model: ModelConfig, precision: str, mesh: Mesh) -> Device:
         between=rate.get("network", rate["elementwise"]),
         latency=seconds.get("latency", 0.0),
         kind=device.type,
-        measured=True,
     )
+
+
+def processor() -> str:
+    """The CPU's name, where Linux tells it."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, f"a CPU ({platform.machine()})")
 
 
 def timed(parts: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:

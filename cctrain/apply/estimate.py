@@ -6,34 +6,62 @@ from dataclasses import replace
 from pathlib import Path
 
 from cctrain.config import Config, load_config
-from cctrain.cost.devices import load_device
+from cctrain.cost.devices import Device, load_device, save_device
 from cctrain.cost.estimate import Estimate, estimate
 from cctrain.cost.work import Contexts
 from cctrain.data.store.store import open_store
+from cctrain.errors import UsageError
+from cctrain.launch.local import default_ranks
 from cctrain.training.data import DEFAULT_MICRO_BATCH_TOKENS, look_at_store
 
 log = logging.getLogger(__name__)
 
 
 def estimate_configuration(
-    path: Path, overrides: list[str], ranks: int, device_name: str | None, tokens: int | None, genes: int
+    path: Path,
+    overrides: list[str],
+    ranks: int | None,
+    device_name: str | None,
+    tokens: int | None,
+    genes: int,
+    kept_in: Path | None = None,
 ) -> Estimate:
-    """Of a configuration file, on its store's contexts or on such of `tokens` tokens; on this machine, measured now,
-    or on the device of that name."""
+    """Of a configuration file, on its store's contexts or on such of `tokens` tokens; on the device of that name or
+    file, or on this machine, measured now and kept in `kept_in`. Without `ranks` they are those of this machine, or
+    those that the file was measured with. Raises UsageError if `kept_in` cannot be a new file."""
+    if kept_in is not None:
+        check_file_to_save(kept_in, device_name)
     unused = ["data.store=unused"] if tokens else []
     config = load_config(path, [*overrides, *unused])
+    device = None if device_name is None else load_device(device_name, config.training.precision)
     if tokens:
         config, contexts = without_store(config, tokens, genes)
     else:
         config, contexts = look_at_store(config, open_store(Path(config.data.store), config.data.digest))
+    if ranks is None:
+        measured = device and device.measured
+        ranks = measured.ranks if measured else default_ranks() if device is None else 1
     ranks = max(ranks, config.parallel.context)
+    if device is None:
+        device = measure_here(config, contexts, ranks)
+        if kept_in is not None:
+            save_device(device, kept_in)
+            log.info("kept in %s: --device %s reads it in place of measuring", kept_in, kept_in)
+    return estimate(config, contexts, device, ranks)
+
+
+def check_file_to_save(path: Path, device_name: str | None) -> None:
+    """Before half a minute of measuring. Raises UsageError."""
     if device_name is not None:
-        return estimate(config, contexts, load_device(device_name, config.training.precision), ranks)
-    return estimate_here(config, contexts, ranks)
+        raise UsageError(f"--save-device keeps what is measured here, and --device {device_name} measures nothing")
+    if path.exists():
+        raise UsageError(f"{path} exists already: choose another --save-device FILE, or move it away")
+    if not path.parent.is_dir():
+        raise UsageError(f"there is no folder {path.parent} to write {path.name} to")
 
 
-def estimate_here(config: Config, contexts: Contexts, ranks: int) -> Estimate:
-    """The parts by the closed form, from rates measured now, times what a rehearsal took beside its own parts."""
+def measure_here(config: Config, contexts: Contexts, ranks: int) -> Device:
+    """The rates of the parts of a step, and what a rehearsal takes and holds beside its own parts."""
     from cctrain.apply.calibrate import calibrate
     from cctrain.apply.rehearse import rehearse, smaller
 
@@ -42,10 +70,11 @@ def estimate_here(config: Config, contexts: Contexts, ranks: int) -> Estimate:
     small, short = smaller(config, contexts, ranks, device)
     log.info("rehearsing steps of %s contexts of %s tokens", small.data.global_batch, f"{short.tokens:,.0f}")
     rehearsed, parts = rehearse(small, short, ranks), estimate(small, short, device, ranks)
-    beside = max(0.0, rehearsed.memory - parts.needs.memory)
-    found = estimate(config, contexts, replace(device, process=beside), ranks)
-    factor = rehearsed.seconds / parts.seconds.total
-    return replace(found, seconds=found.seconds.scaled(factor), rehearsed_over_parts=factor)
+    return replace(
+        device,
+        process=max(0.0, rehearsed.memory - parts.needs.memory),
+        rehearsed_over_parts=rehearsed.seconds / parts.seconds.total,
+    )
 
 
 def without_store(config: Config, tokens: int, genes: int) -> tuple[Config, Contexts]:

@@ -1,10 +1,11 @@
 """What a training will need, before any of it is spent: memory, FLOPs, traffic, checkpoints, time."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from cctrain.config import Config
-from cctrain.cost.devices import Device
+from cctrain.cost.devices import USABLE, Device
 from cctrain.cost.flops import Flops, optimizer_flops
 from cctrain.cost.memory import ActivationMemory, State, peak, rank_memory
 from cctrain.cost.parameters import num_parameters, parameters_by_component
@@ -12,6 +13,7 @@ from cctrain.cost.step_time import StepSeconds, collectives, parameters_updated,
 from cctrain.cost.work import Contexts, Work, work_of
 from cctrain.errors import UsageError
 from cctrain.model.tiles import TILE_TOKENS
+from cctrain.words import model_in_words
 
 CHECKPOINT_BYTES = 12  # a parameter: weight and both moments in fp32
 
@@ -52,6 +54,10 @@ class Needs:
         return {"context ranks": sum(one.sent for one in exchanged), "ZeRO": sum(one.sent for one in of_zero)}
 
     @property
+    def tokens_of_a_step(self) -> float:
+        return self.config.data.global_batch * self.contexts.tokens
+
+    @property
     def checkpoint_bytes(self) -> int:
         return CHECKPOINT_BYTES * self.parameters
 
@@ -63,7 +69,6 @@ class Estimate:
     needs: Needs
     device: Device
     seconds: StepSeconds
-    rehearsed_over_parts: float | None = None  # by which the parts' seconds were multiplied, where steps were rehearsed
 
     @property
     def memory(self) -> float:
@@ -71,12 +76,21 @@ class Estimate:
         return self.device.process + self.needs.memory
 
     @property
-    def fits(self) -> bool:
-        return self.memory <= self.device.memory
+    def usable(self) -> float:
+        """Bytes of a rank's device."""
+        return USABLE * self.device.memory
 
     @property
-    def hours(self) -> float:
-        return self.seconds.total * self.needs.config.training.steps / 3600
+    def fits(self) -> bool:
+        return self.memory <= self.usable
+
+    @property
+    def offloaded_of_a_node(self) -> float:
+        """Bytes of activations that wait in a node's memory, or on its disk."""
+        return min(self.needs.work.ranks, self.device.per_node) * self.needs.activations.offloaded
+
+    def hours_of(self, steps: int) -> float:
+        return self.seconds.total * steps / 3600
 
 
 def needs_of(config: Config, contexts: Contexts, ranks: int, device_kind: str) -> Needs:
@@ -90,17 +104,21 @@ def needs_of(config: Config, contexts: Contexts, ranks: int, device_kind: str) -
 
 def estimate(config: Config, contexts: Contexts, device: Device, ranks: int) -> Estimate:
     """As `needs_of`."""
-    needs = needs_of(config, contexts, ranks, device.kind)
-    return Estimate(needs, device, step_seconds(config.model, contexts.genes, needs.work, device))
+    return on_device(needs_of(config, contexts, ranks, device.kind), device)
 
 
-def as_json(found: Estimate) -> dict[str, Any]:
+def on_device(needs: Needs, device: Device) -> Estimate:
+    return Estimate(needs, device, step_seconds(needs.config.model, needs.contexts.genes, needs.work, device))
+
+
+def as_json(found: Estimate, token_budget: float | None = None) -> dict[str, Any]:
+    """With what it takes to train on so many tokens, if that is asked."""
     needs, seconds = found.needs, found.seconds.total
     model, work, flops = needs.config.model, needs.work, needs.flops
-    tokens = needs.config.data.global_batch * needs.contexts.tokens
+    tokens, hours = needs.tokens_of_a_step, found.hours_of(needs.config.training.steps)
     return {
         "device": asdict(found.device),
-        "measured": found.device.measured,
+        "measured": found.device.measured is not None,
         "ranks": work.ranks,
         "context_ranks": work.context_ranks,
         "micro_batches": work.micro_batches,
@@ -109,12 +127,14 @@ def as_json(found: Estimate) -> dict[str, Any]:
         "parameters_by_component": parameters_by_component(model, needs.contexts.genes),
         "memory_bytes": found.memory,
         "device_memory_bytes": found.device.memory,
+        "usable_memory_bytes": found.usable,
         "fits": found.fits,
         "memory_by_component": {
             "process": found.device.process,
             "state": asdict(needs.state),
             "activations": asdict(needs.activations),
         },
+        "offloaded_bytes_of_a_node": found.offloaded_of_a_node,
         "product_flops_of_a_rank": flops.total,
         "flops_by_component": {**flops.by_component(), "optimizer": needs.optimizer_flops},
         "attention_share": flops.attention / flops.total,
@@ -122,38 +142,50 @@ def as_json(found: Estimate) -> dict[str, Any]:
         "checkpoint_bytes": needs.checkpoint_bytes,
         "step_seconds": seconds,
         "step_seconds_by_component": asdict(found.seconds),
-        "rehearsed_over_parts": found.rehearsed_over_parts,
+        "rehearsed_over_parts": found.device.rehearsed_over_parts if found.device.measured else None,
         "tokens_per_second": tokens / seconds,
         "utilisation": flops.total / seconds / found.device.peak,
-        "hours": found.hours,
-        "device_hours": found.hours * work.ranks,
+        "tokens": tokens * needs.config.training.steps,
+        "hours": hours,
+        "device_hours": hours * work.ranks,
         "device_hours_per_billion_tokens": seconds / tokens * 1e9 * work.ranks / 3600,
+        "token_budget": None if token_budget is None else of_budget(found, token_budget),
     }
 
 
-def as_text(found: Estimate) -> str:
-    told, needs, work = as_json(found), found.needs, found.needs.work
+def check_budget(tokens: float | None) -> None:
+    """Raises UsageError."""
+    if tokens is not None and not 0 < tokens < math.inf:
+        raise UsageError(f"--token-budget {tokens:g}: give a number of tokens above 0, such as 10e9")
+
+
+def of_budget(found: Estimate, tokens: float) -> dict[str, float]:
+    steps = math.ceil(tokens / found.needs.tokens_of_a_step)
+    hours = found.hours_of(steps)
+    return {"tokens": tokens, "steps": steps, "hours": hours, "device_hours": hours * found.needs.work.ranks}
+
+
+def as_text(found: Estimate, token_budget: float | None = None) -> str:
+    told, needs, work = as_json(found, token_budget), found.needs, found.needs.work
     config, kept, made = needs.config, needs.state, needs.activations
     largest = _shares(told["step_seconds_by_component"])[:4]
     of_components = ", ".join(f"{name} {share:.0%}" for name, share in _shares(needs.flops.by_component()))
     many = f"{work.ranks:,} × {found.device.name}" if work.ranks > 1 else found.device.name
-    m = f", {config.model.latents} latents" if config.model.attention == "criss_cross" else ""
     state_of = (kept.weights, kept.masters, kept.moments, kept.gradients, kept.bucket)
     names = ("weights", "masters", "moments", "gradients", "bucket")
     lines = [
         f"on        {many}" + (f", {work.context_ranks} for each context" if work.context_ranks > 1 else ""),
-        f"model     {config.model.attention}, {config.model.depth} layers, width {config.model.width}{m}: "
-        f"{needs.parameters:,} parameters",
+        f"model     {model_in_words(config.model)}: {needs.parameters:,} parameters",
         f"step      {config.data.global_batch:,} contexts of about {needs.contexts.tokens:,.0f} tokens, "
         f"{needs.contexts.targets:,.0f} of them targets; {work.micro_batches} micro-batch(es) a rank",
-        f"memory    {size(found.memory)} of {size(found.device.memory)} a rank: "
-        + ("fits" if found.fits else "DOES NOT FIT"),
+        f"memory    {size(found.memory)} a rank: {verdict(found)}",
+        f"          the other {size(found.device.memory - found.usable)} are left to the allocator's fragmentation",
         "          state "
         + ", ".join(f"{name} {size(part)}" for name, part in zip(names, state_of, strict=True) if part)
         + f"; in backward {size(kept.backward)}, in the optimizer's step {size(kept.step)}",
         f"          activations {size(made.total)}"
-        + (f", and {size(made.offloaded)} elsewhere" if made.offloaded else "")
         + (f"; the process itself {size(found.device.process)}" if found.device.process else ""),
+        *([offloaded(found)] if made.offloaded else []),
         f"FLOPs     {needs.flops.total:.3g} a step and rank: {of_components}; attention {told['attention_share']:.1%}",
         f"          and {needs.optimizer_flops:.3g} of the optimizer, elementwise: "
         "attention's share and that of the peak are without them",
@@ -162,15 +194,52 @@ def as_text(found: Estimate) -> str:
         f"time      {told['step_seconds']:.3g} s a step: "
         + ", ".join(f"{name} {share:.0%}" for name, share in largest)
         + f"; {told['tokens_per_second']:,.0f} tokens/s, {told['utilisation']:.0%} of the peak",
-        f"training  {config.training.steps:,} steps: {told['hours']:,.1f} h, {told['device_hours']:,.1f} device-hours; "
-        f"{told['device_hours_per_billion_tokens']:,.1f} for a billion tokens",
+        "training  " + in_hours({**told, "steps": config.training.steps}),
+        *(["budget    " + in_hours(told["token_budget"])] if told["token_budget"] else []),
+        f"          {told['device_hours_per_billion_tokens']:,.1f} device-hours for a billion tokens",
         f"saving    {size(needs.checkpoint_bytes)} a checkpoint",
-        "measured on this machine just now: the steps that were rehearsed took "
-        f"{found.rehearsed_over_parts:.2f} times as long as their parts, and so will these"
-        if found.rehearsed_over_parts
-        else "a model of devices that are not here, from data sheets and assumed shares: not a measurement",
+        source(found),
     ]
     return "\n".join(lines)
+
+
+def in_hours(told: dict[str, Any]) -> str:
+    return (
+        f"{told['steps']:,} steps, {told['tokens']:,.0f} tokens: {told['hours']:,.1f} h, "
+        f"{told['device_hours']:,.1f} device-hours"
+    )
+
+
+def verdict(found: Estimate) -> str:
+    return (
+        f"{'fits' if found.fits else 'DOES NOT FIT'} into {size(found.usable)} of the {size(found.device.memory)} of "
+        f"{found.device.name}"
+    )
+
+
+def offloaded(found: Estimate) -> str:
+    config, needs = found.needs.config, found.needs
+    where = "the memory of a node's host" if config.memory.offload == "host" else "files of a node"
+    return (
+        f"          offloaded {size(needs.activations.offloaded)} a rank: {size(found.offloaded_of_a_node)} in {where}"
+    )
+
+
+def source(found: Estimate) -> str:
+    """How far the times can be believed."""
+    device, measured = found.device, found.device.measured
+    if measured is None:
+        return "a model of devices that are not here, from data sheets and assumed shares: not a measurement"
+    when = "measured on this machine just now"
+    if measured.file is not None:
+        when = (
+            f"measured on {device.name} on {measured.date} with {measured.ranks} rank(s) and {measured.model} in "
+            f"{measured.precision}, and kept in {measured.file}"
+        )
+    if (measured.model, measured.ranks) != (model_in_words(found.needs.config.model), found.needs.work.ranks):
+        return f"{when}; of another model or number of ranks, as here, this is no measurement"
+    factor = f"{device.rehearsed_over_parts:.2f} times as long as their parts, and so will these"
+    return f"{when}: the steps that were rehearsed took {factor}"
 
 
 def summary(needs: Needs, device: Device | None = None) -> str:
@@ -183,13 +252,11 @@ def summary(needs: Needs, device: Device | None = None) -> str:
     )
     if device is None:
         return first
-    config = needs.config
-    found = Estimate(needs, device, step_seconds(config.model, needs.contexts.genes, work, device))
-    verdict = "fits" if found.fits else "DOES NOT FIT"
+    found, steps = on_device(needs, device), needs.config.training.steps
     return (
-        f"{first}\n{verdict} into the {size(device.memory)} of {device.name}; "
-        f"about {found.seconds.total:.3g} s a step, "
-        f"{found.hours:,.1f} h for {config.training.steps:,} steps (a model, not a measurement)"
+        f"{first}\nwith {size(device.process)} of the process itself it {verdict(found)}; "
+        f"about {found.seconds.total:.3g} s a step, {found.hours_of(steps):,.1f} h for {steps:,} steps "
+        + ("(by rates measured on such a machine)" if device.measured else "(a model, not a measurement)")
     )
 
 

@@ -21,8 +21,8 @@ there from step to step; on top of it comes for a while what backward or what th
              3   kept       2 (P/W + S (1 - 1/W)) weights, 2 B, the rest as in fp32
                  backward   2 P + 2 G - 2 S (1 - 1/W)                      step   12 P/W
 
-Under stage 3 G ≤ P of the weights are gathered at a time: what is fetched ahead, and a layer; S of them, in small
-tensors, always are. All this was read off the memory of DeepSpeed 0.19 on two ranks.
+Under stage 3 G ≤ P of the weights are gathered at a time: S of them, in small tensors, always are; of the others
+stage3_max_live_parameters, and a layer. All this was read off the memory of DeepSpeed 0.19 on two ranks.
 
 Activations, with n tokens in k contexts and T targets on the rank, depth L, width d, latent width d_l, H heads,
 elements of e bytes (4 or 2; the token stream always has 4), tiles of t tokens, V genes,
@@ -49,7 +49,7 @@ from dataclasses import dataclass, fields
 
 from cctrain.config import Config, MemoryConfig, ModelConfig
 from cctrain.cost.parameters import num_parameters, parameters_of_a_layer
-from cctrain.cost.traffic import FETCHED_AHEAD, never_partitioned
+from cctrain.cost.traffic import DEEPSPEEDS_OWN, Gathering, never_partitioned
 from cctrain.cost.work import Load, Work
 
 STREAM_BYTES, PACK_BYTES, TARGET_BYTES = 4, 17, 40
@@ -95,7 +95,15 @@ def reduce_bucket(parameters: int) -> int:
     return min(LARGEST_BUCKET, parameters)
 
 
-def state(model: ModelConfig, num_genes: int, stage: int, element_bytes: int, ranks: int, bucket: float) -> State:
+def state(
+    model: ModelConfig,
+    num_genes: int,
+    stage: int,
+    element_bytes: int,
+    ranks: int,
+    bucket: float,
+    gathering: Gathering = DEEPSPEEDS_OWN,
+) -> State:
     """`bucket` in numbers, DeepSpeed's reduce_bucket_size; `element_bytes` of weights, 2 in half precision."""
     total, b = num_parameters(model, num_genes), element_bytes
     share = total / ranks
@@ -108,8 +116,10 @@ def state(model: ModelConfig, num_genes: int, stage: int, element_bytes: int, ra
         )
     masters, moments = 4.0 * share, 8.0 * share
     if stage == 3:
-        whole = never_partitioned(model, num_genes) * (1 - 1 / ranks)
-        gathered = min(total, FETCHED_AHEAD + parameters_of_a_layer(model))
+        small = never_partitioned(model, num_genes, gathering.stage3_param_persistence_threshold)
+        ahead = gathering.stage3_max_live_parameters if gathering.stage3_prefetch_bucket_size else 0
+        whole = small * (1 - 1 / ranks)
+        gathered = min(total, small + ahead + parameters_of_a_layer(model))
         weights, backward = b * (share + whole), b * (total + gathered - whole)
         return State(weights, masters, moments, 4 * share, b * bucket, backward, 12 * share)
     if stage == 2:
@@ -170,5 +180,5 @@ def peak(state: State, activations: ActivationMemory, micro_batches: int) -> flo
 def rank_memory(config: Config, num_genes: int, work: Work) -> tuple[State, ActivationMemory]:
     model, zero_options = config.model, config.deepspeed.get("zero_optimization", {})
     bucket = zero_options.get("reduce_bucket_size", reduce_bucket(num_parameters(model, num_genes)))
-    held = state(model, num_genes, work.zero_stage, work.element_bytes, work.ranks, bucket)
+    held = state(model, num_genes, work.zero_stage, work.element_bytes, work.ranks, bucket, work.gathering)
     return held, activations(model, num_genes, work.load, work.memory, work.tile_tokens, work.element_bytes)

@@ -13,20 +13,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from cctrain.config import Config, MemoryConfig, ModelConfig
-from cctrain.cost.devices import Device, load_device
+from cctrain.cost.devices import USABLE, Device, load_device
 from cctrain.cost.memory import peak, rank_memory
+from cctrain.cost.parameters import num_parameters
 from cctrain.cost.step_time import collectives, seconds_of, step_seconds
 from cctrain.cost.traffic import Collective, ring_of_a_layer, ulysses_of_a_layer
 from cctrain.cost.work import Load, Work
-from cctrain.words import duration
+from cctrain.words import duration, model_in_words
 
 TOKENS_OF_A_STEP = 100_000_000
 LENGTHS, GPUS = (100_000, 1_000_000, 10_000_000, 100_000_000), (8, 64, 512, 4096)
 GENES, TARGET_SHARE, TILE_TOKENS, ELEMENT_BYTES = 60_000, 0.05, 65_536, 2
 MODEL = ModelConfig(width=1024, depth=24, heads=16, latents=256)
+# At the same number of parameters dense has about twice the layers.
+DENSE = replace(MODEL, attention="dense", depth=2 * MODEL.depth)
 MEMORY = MemoryConfig(checkpointing=True)
 KINDS = ("criss-cross", "dense, ring", "dense, Ulysses")
-USABLE = 0.9  # of a device's memory
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,13 @@ def rows(device: Device, all_gpus: tuple[int, ...] = GPUS) -> Iterator[Row]:
 
 
 def row(kind: str, tokens: int, gpus: int, device: Device) -> Row:
-    # At the same number of parameters dense has about twice the layers.
-    model = MODEL if kind == KINDS[0] else replace(MODEL, attention="dense", depth=2 * MODEL.depth)
+    model = MODEL if kind == KINDS[0] else DENSE
     contexts = TOKENS_OF_A_STEP // tokens
     most = MODEL.heads if kind == KINDS[2] else gpus
     sharing = [2**k for k in range(gpus.bit_length()) if gpus % 2**k == 0 and 2**k <= most and gpus // 2**k <= contexts]
     for context_ranks in sharing:
         work = work_of_a_step(tokens, contexts, gpus, context_ranks)
-        if memory_of(model, work) <= USABLE * device.memory:
+        if device.process + memory_of(model, work) <= USABLE * device.memory:
             return planned(kind, model, work, tokens, device)
     return Row(kind, tokens, gpus)
 
@@ -103,6 +104,13 @@ def dense_traffic(
     return sent, max(0.0, seconds - attention_seconds) if kind == KINDS[1] else seconds
 
 
+def subject() -> str:
+    """What the table is about, in Markdown."""
+    models = [f"- {model_in_words(model)}: {num_parameters(model, GENES):,} parameters" for model in (MODEL, DENSE)]
+    step = f"{TOKENS_OF_A_STEP:,} tokens a step, {TARGET_SHARE:.0%} of them targets, {GENES:,} genes"
+    return "\n".join([*models, f"- {step}; bf16, checkpointing, ZeRO 3"])
+
+
 def table(found: Iterator[Row]) -> str:
     """Markdown."""
     lines = [
@@ -124,4 +132,5 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="h100", help="a name in devices/, or a YAML file (default: %(default)s)")
     parser.add_argument("--gpus", type=int, nargs="+", default=list(GPUS))
     arguments = parser.parse_args()
+    print(subject() + "\n")
     print(table(rows(load_device(arguments.device, "bf16"), tuple(arguments.gpus))))

@@ -2,7 +2,7 @@
 
 from cctrain.config import Config, ModelConfig
 from cctrain.cost.flops import step_flops
-from cctrain.cost.traffic import exchange_of_a_layer, zero
+from cctrain.cost.traffic import exchange_of_a_layer, gathering_of, zero
 from cctrain.cost.work import ELEMENT_BYTES
 
 
@@ -32,5 +32,6 @@ def step_traffic(config: Config, num_genes: int, contexts: int, micro_batches: i
     model, context_ranks = config.model, config.parallel.context
     of_layer = exchange_of_a_layer(model, contexts * context_ranks / ranks, context_ranks)
     element_bytes = ELEMENT_BYTES[config.training.precision]
-    of_zero = zero(model, num_genes, config.parallel.zero_stage, element_bytes, ranks, micro_batches)
+    stage, gathering = config.parallel.zero_stage, gathering_of(config)
+    of_zero = zero(model, num_genes, stage, element_bytes, ranks, micro_batches, gathering)
     return {"cost/sent_bytes": model.depth * sum(one.sent for one in of_layer) + sum(one.sent for one in of_zero)}

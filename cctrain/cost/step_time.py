@@ -1,10 +1,11 @@
 """How long a training step takes on given devices: FLOPs, bytes and collectives, each over the rate it gets; README.md,
 "Time of a step".
 
-The parts are added: on these devices nothing is assumed to overlap. What moves through memory beside the products
-counts what every operation reads and writes: three norms, two residuals and GELU of every token and layer, the
-embedding of every token, and, in every micro-batch, what it takes to make, fill and add the gradient of the gene
-vectors, for tokens and for targets. The token stream has 4 bytes a number, whatever the precision.
+The parts are added: on these devices nothing is assumed to overlap. All are multiplied by what a rehearsal took beyond
+its parts, where there was one. What moves through memory beside the products counts what every operation reads and
+writes: three norms, two residuals and GELU of every token and layer, the embedding of every token, and, in every
+micro-batch, what it takes to make, fill and add the gradient of the gene vectors, for tokens and for targets. The token
+stream has 4 bytes a number, whatever the precision.
 """
 
 from dataclasses import dataclass, fields
@@ -62,7 +63,7 @@ def collectives(model: ModelConfig, num_genes: int, work: Work) -> tuple[list[Co
             Collective(c.purpose, c.operation, c.payload, c.ranks, c.times * model.depth * work.micro_batches)
             for c in layer
         ],
-        zero(model, num_genes, work.zero_stage, work.element_bytes, work.ranks, work.micro_batches),
+        zero(model, num_genes, work.zero_stage, work.element_bytes, work.ranks, work.micro_batches, work.gathering),
     )
 
 
@@ -74,7 +75,7 @@ def step_seconds(model: ModelConfig, num_genes: int, work: Work, device: Device)
     moved += work.micro_batches * 6 * num_genes * d * e
     stages = num_stages(model, -(-work.load.tokens // work.tile_tokens)) * (1 + passes) / 2
     exchanged, of_zero = collectives(model, num_genes, work)
-    return StepSeconds(
+    parts = StepSeconds(
         products=(flops.total - flops.attention) / device.products,
         attention=flops.attention / device.attention,
         elementwise=moved / device.elementwise,
@@ -85,6 +86,7 @@ def step_seconds(model: ModelConfig, num_genes: int, work: Work, device: Device)
         zero=sum(seconds_of(one, device) for one in of_zero)
         + (SMALL_COLLECTIVES * device.latency if work.ranks > 1 else 0.0),
     )
+    return parts.scaled(device.rehearsed_over_parts)
 
 
 def num_stages(model: ModelConfig, tiles: float) -> float:
@@ -95,4 +97,4 @@ def num_stages(model: ModelConfig, tiles: float) -> float:
 def seconds_of(collective: Collective, device: Device) -> float:
     """A group that fits into a node is in one."""
     rate = device.inside if collective.ranks <= device.per_node else device.between
-    return collective.sent / rate + collective.times * device.latency
+    return collective.sent / rate + collective.times * collective.calls * device.latency

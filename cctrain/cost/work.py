@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from cctrain.config import Config, MemoryConfig
+from cctrain.cost.traffic import DEEPSPEEDS_OWN, Gathering, gathering_of
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -37,6 +38,7 @@ class Work:
     element_bytes: int
     memory: MemoryConfig
     tile_tokens: int
+    gathering: Gathering = DEEPSPEEDS_OWN
 
 
 def work_of(config: Config, contexts: Contexts, ranks: int, tile_tokens: int) -> Work:
@@ -56,4 +58,5 @@ def work_of(config: Config, contexts: Contexts, ranks: int, tile_tokens: int) ->
         ELEMENT_BYTES[config.training.precision],
         config.memory,
         config.memory.tile_tokens or tile_tokens,
+        gathering_of(config),
     )

@@ -23,7 +23,7 @@ from cctrain.model.tiles import TILE_TOKENS
 from cctrain.parallel.mesh import Mesh
 from cctrain.training.data import contexts_of_store
 from cctrain.training.engine import DTYPES
-from cctrain.words import duration
+from cctrain.words import duration, model_in_words
 
 log = logging.getLogger(__name__)
 
@@ -95,13 +95,11 @@ def plan(config: Config, mesh: Mesh, store: TokenStore, loader: Loader, rate: fl
         config.model, [round(contexts.tokens)], round(contexts.targets), config.memory.checkpointing, stage
     )
     seconds = trained * cost["cost/total_flops"] / (rate * mesh.num_ranks)
-    m = f", {config.model.latents} latents" if config.model.attention == "criss_cross" else ""
     return [
         f"data: {store.num_train:,} training cells, {store.num_cells - store.num_train:,} held out, "
         f"{contexts.genes:,} genes; contexts of about {contexts.tokens:,.0f} tokens, "
         f"{contexts.targets:,.0f} of them targets" + (f", of {cells_each:,.1f} cells" if cells_each > 1 else ""),
-        f"model: {config.model.attention}, {config.model.depth} layers, width {config.model.width}{m}: "
-        f"{num_parameters(config.model, contexts.genes):,} parameters",
+        f"model: {model_in_words(config.model)}: {num_parameters(config.model, contexts.genes):,} parameters",
         f"training: {config.training.steps:,} steps of {config.data.global_batch} contexts "
         f"({trained / samples.num_train:.1f} epochs), {config.training.precision}, "
         f"ZeRO {stage} on {mesh.num_ranks} {'GPU' if mesh.device.type == 'cuda' else 'CPU'} rank(s)"

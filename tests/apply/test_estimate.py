@@ -1,12 +1,15 @@
 """`cctrain estimate`, through the command line."""
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from cctrain.apply import calibrate, rehearse
 from cctrain.config import load_config
+from cctrain.cost.devices import load_device
 from cctrain.cost.parameters import num_parameters
 from cctrain.data.loading.loader import Loader, Share
 from cctrain.data.store.store import TokenStore
@@ -79,6 +82,76 @@ def test_without_store_and_tokens_it_asks_for_a_store(config: Path):
 def test_context_ranks_that_do_not_divide_the_ranks_are_refused(config: Path):
     said = estimated(config, "--tokens", "1000", "--device", "h100", "--ranks", "3", "parallel.context=2", code=2)
     assert "parallel.context=2 does not divide 3 ranks" in said
+
+
+@pytest.fixture
+def measured_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks of a slow CPU, whose steps take a second and hold a gigabyte."""
+    rates = replace(
+        load_device("h100", "fp32"), name="slow", products=1e9, attention=1 / 3 * 1e9, per_node=2, kind="cpu"
+    )
+    monkeypatch.setattr(calibrate, "on_local_ranks", lambda *_: asdict(rates))
+    monkeypatch.setattr(rehearse, "rehearse", lambda *_: rehearse.Rehearsal(seconds=1.0, memory=1e9))
+
+
+@pytest.mark.usefixtures("measured_at_once")
+def test_what_was_measured_and_kept_estimates_the_same_again(config: Path, tmp_path: Path):
+    file, words = tmp_path / "here.yaml", ("--tokens", "1000", "parallel.context=2", "--json")
+    measured = json.loads(estimated(config, *words, "--save-device", str(file)))
+    again = json.loads(estimated(config, *words, "--device", str(file)))
+    assert measured["device"]["measured"].pop("file") is None
+    assert again["device"]["measured"].pop("file") == str(file)
+    assert again == measured
+    assert again["ranks"] == 2
+    assert again["measured"] is True
+    assert again["device"]["process"] > 0.9e9
+    assert again["rehearsed_over_parts"] != 1
+
+
+@pytest.mark.usefixtures("measured_at_once")
+def test_without_other_ranks_a_kept_device_has_those_that_it_was_measured_with(config: Path, tmp_path: Path):
+    file, words = tmp_path / "here.yaml", ("--tokens", "1000", "--json")
+    estimated(config, *words, "--save-device", str(file), "--ranks", "2")
+    assert json.loads(estimated(config, *words, "--device", str(file)))["ranks"] == 2
+    assert json.loads(estimated(config, *words, "--device", str(file), "--ranks", "4"))["ranks"] == 4
+
+
+@pytest.mark.usefixtures("measured_at_once")
+def test_a_kept_device_tells_where_from_and_refuses_another_precision(config: Path, tmp_path: Path):
+    file, words = tmp_path / "here.yaml", ("--tokens", "1000")
+    assert "measured on this machine just now" in estimated(config, *words, "--save-device", str(file))
+    assert f", and kept in {file}: " in estimated(config, *words, "--device", str(file)).splitlines()[-1]
+    said = estimated(config, *words, "--device", str(file), "training.precision=bf16", code=2)
+    assert f"{file} was measured in fp32" in said
+
+
+def test_a_file_is_not_overwritten_and_that_is_said_before_anything_is_measured(config: Path, tmp_path: Path):
+    file = tmp_path / "here.yaml"
+    file.write_text("mine")
+    said = estimated(config, "--tokens", "1000", "--save-device", str(file), code=2)
+    assert f"{file} exists already: choose another --save-device FILE" in said
+    assert "measuring" not in said
+    assert file.read_text() == "mine"
+
+
+def test_what_is_not_measured_here_cannot_be_kept(config: Path, tmp_path: Path):
+    words = ("--tokens", "1000", "--save-device")
+    assert "measures nothing" in estimated(config, *words, str(tmp_path / "a.yaml"), "--device", "h100", code=2)
+    assert "there is no folder" in estimated(config, *words, str(tmp_path / "nowhere" / "a.yaml"), code=2)
+
+
+@pytest.mark.parametrize("budget", ["10e9", "10_000_000_000"])
+def test_a_budget_of_tokens_is_told_beside_the_steps(config: Path, budget: str):
+    words = ("--tokens", "1000", "--device", "h100", "--token-budget", budget)
+    assert "\nbudget    625,000 steps, 10,000,000,000 tokens: " in estimated(config, *words)
+    told = json.loads(estimated(config, *words, "--json"))
+    assert told["token_budget"]["steps"] == 625_000
+    assert told["token_budget"]["device_hours"] == pytest.approx(62.5 * told["device_hours"])
+
+
+def test_a_budget_of_nothing_is_refused(config: Path):
+    said = estimated(config, "--tokens", "1000", "--device", "h100", "--token-budget", "0", code=2)
+    assert "--token-budget 0: give a number of tokens above 0" in said
 
 
 @pytest.mark.slow

@@ -32,11 +32,11 @@ def even_store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
 
 @pytest.fixture(scope="session")
 def zero_trainings(even_store: TokenStore) -> list[dict[str, Any]]:
-    return zero_steps(even_store, ZERO_KINDS)
+    return zero_steps(even_store, [(*kind, {}) for kind in ZERO_KINDS])
 
 
-def zero_steps(store: TokenStore, kinds: list[tuple[int, str]]) -> list[dict[str, Any]]:
-    """What `zero_worker` says of trainings with these stages and precisions."""
+def zero_steps(store: TokenStore, kinds: list[tuple[int, str, dict[str, int]]]) -> list[dict[str, Any]]:
+    """What `zero_worker` says of trainings with these stages, precisions and options."""
     return said_by_ranks("zero_worker", {"store": str(store.path), "model": asdict(ZERO_MODEL), "kinds": kinds})
 
 

@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from cctrain.config import Config
-from cctrain.cost.devices import load_device
-from cctrain.cost.estimate import Estimate, as_json, as_text, estimate, size, summary
+from cctrain.config import Config, MemoryConfig
+from cctrain.cost.devices import USABLE, Measured, load_device
+from cctrain.cost.estimate import Estimate, as_json, as_text, check_budget, estimate, size, summary
 from cctrain.cost.flops import ADAMW_FLOPS
 from cctrain.cost.memory import peak
 from cctrain.cost.step_time import collectives
 from cctrain.cost.work import Contexts
+from cctrain.errors import UsageError
 from tests.cost.conftest import WORK_MODEL
 
 DEVICE = replace(load_device("h100", "fp32"), process=1e9)
@@ -32,9 +33,37 @@ def test_a_rank_needs_its_process_and_the_peak_of_all_its_micro_batches(found):
     assert found.memory == 1e9 + peak(needs.state, needs.activations, 2) > 1e9 + peak(needs.state, needs.activations, 1)
 
 
-def test_a_training_fits_into_the_memory_that_it_needs_and_into_no_less(found):
-    assert replace(found, device=replace(DEVICE, memory=found.memory)).fits
-    assert not replace(found, device=replace(DEVICE, memory=found.memory - 1)).fits
+def test_a_training_fits_into_nine_tenths_of_the_memory_and_into_no_less(found):
+    assert USABLE == 0.9
+    least = found.memory / 0.9
+    assert replace(found, device=replace(DEVICE, memory=least + 1)).fits
+    assert not replace(found, device=replace(DEVICE, memory=least - 1)).fits
+
+
+def test_text_and_summary_say_what_it_fits_into_and_what_fragmentation_may_take(found):
+    fitting = "into 72 GB of the 80 GB of NVIDIA H100 SXM"
+    assert f": fits {fitting}\n          the other 8 GB are left to the allocator's fragmentation" in as_text(found)
+    assert f"with 1 GB of the process itself it fits {fitting}" in summary(found.needs, DEVICE)
+    too_large = replace(DEVICE, process=72e9)
+    assert f": DOES NOT FIT {fitting}" in as_text(replace(found, device=too_large))
+    assert f"it DOES NOT FIT {fitting}" in summary(found.needs, too_large)
+
+
+@pytest.mark.parametrize(("per_node", "on_a_node"), [(8, 4), (2, 2)])
+@pytest.mark.parametrize(
+    ("offload", "where"), [("host", "in the memory of a node's host"), ("disk", "in files of a node")]
+)
+def test_a_node_holds_what_all_its_ranks_offload(found, per_node, on_a_node, offload, where):
+    config = replace(found.needs.config, memory=MemoryConfig(checkpointing=True, offload=offload))
+    away = estimate(config, CONTEXTS, replace(DEVICE, per_node=per_node), ranks=4)
+    held = on_a_node * away.needs.activations.offloaded
+    assert as_json(away)["offloaded_bytes_of_a_node"] == held > 0
+    assert f"a rank: {size(held)} {where}\n" in as_text(away)
+
+
+def test_without_offloading_nothing_is_said_of_it(found):
+    assert as_json(found)["offloaded_bytes_of_a_node"] == 0
+    assert "offloaded" not in as_text(found)
 
 
 def test_a_checkpoint_has_weights_and_both_moments_in_fp32(found):
@@ -43,10 +72,67 @@ def test_a_checkpoint_has_weights_and_both_moments_in_fp32(found):
 
 def test_hours_are_those_of_all_steps_and_device_hours_of_all_ranks(found):
     told = as_json(found)
-    assert told["hours"] == pytest.approx(2 * found.seconds.total)
+    assert told["hours"] == pytest.approx(2 * found.seconds.total)  # of 3,600 seconds
     assert told["device_hours"] == pytest.approx(4 * told["hours"])
-    tokens = 7200 * 8 * 1000
+    tokens = told["tokens"]
+    assert tokens == 7200 * 8 * 1000
     assert told["device_hours_per_billion_tokens"] == pytest.approx(told["device_hours"] / tokens * 1e9)
+
+
+def test_a_budget_of_tokens_takes_whole_steps_and_their_hours(found):
+    told = as_json(found, token_budget=8_001)["token_budget"]
+    assert told == {
+        "tokens": 8_001,
+        "steps": 2,
+        "hours": 2 * found.seconds.total / 3600,
+        "device_hours": 4 * 2 * found.seconds.total / 3600,
+    }
+    assert "\nbudget    2 steps, 8,001 tokens: " in as_text(found, token_budget=8_001)
+
+
+def test_without_a_budget_nothing_is_said_of_one(found):
+    assert as_json(found)["token_budget"] is None
+    assert "budget" not in as_text(found)
+
+
+@pytest.mark.parametrize("tokens", [0, -1, float("inf"), float("nan")])
+def test_a_budget_that_is_no_number_of_tokens_is_refused(tokens):
+    with pytest.raises(UsageError, match="give a number of tokens above 0"):
+        check_budget(tokens)
+
+
+MODEL_IN_WORDS = "criss_cross, 2 layers, width 32, 2 heads, 8 latents"
+
+
+@pytest.mark.parametrize(
+    ("file", "when"),
+    [
+        (None, "measured on this machine just now"),
+        (
+            "here.yaml",
+            f"measured on NVIDIA H100 SXM on 2026-11-22 with 4 rank(s) and {MODEL_IN_WORDS} in fp32, "
+            "and kept in here.yaml",
+        ),
+    ],
+)
+def test_the_last_line_says_when_and_where_it_was_measured(found, file, when):
+    measured = Measured("2026-11-22", MODEL_IN_WORDS, "fp32", 4, file)
+    device = replace(DEVICE, rehearsed_over_parts=1.234, measured=measured)
+    last = as_text(replace(found, device=device)).splitlines()[-1]
+    assert last == f"{when}: the steps that were rehearsed took 1.23 times as long as their parts, and so will these"
+    assert "(by rates measured on such a machine)" in summary(found.needs, device)
+
+
+@pytest.mark.parametrize("other", [{"model": "dense, 2 layers"}, {"ranks": 2}])
+def test_what_was_measured_with_another_model_or_other_ranks_is_no_measurement_here(found, other):
+    measured = replace(Measured("2026-11-22", MODEL_IN_WORDS, "fp32", 4, "here.yaml"), **other)
+    last = as_text(replace(found, device=replace(DEVICE, measured=measured))).splitlines()[-1]
+    assert last.endswith("kept in here.yaml; of another model or number of ranks, as here, this is no measurement")
+
+
+def test_a_data_sheet_is_a_model(found):
+    assert as_text(found).endswith("from data sheets and assumed shares: not a measurement")
+    assert summary(found.needs, DEVICE).endswith("(a model, not a measurement)")
 
 
 def test_tokens_per_second_are_those_of_all_contexts_of_a_step(found):

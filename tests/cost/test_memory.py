@@ -11,7 +11,7 @@ import torch
 from cctrain.config import Config, MemoryConfig, ModelConfig
 from cctrain.cost.memory import LARGEST_BUCKET, activations, peak, rank_memory, reduce_bucket, state
 from cctrain.cost.parameters import num_parameters, parameters_of_a_layer
-from cctrain.cost.traffic import FETCHED_AHEAD
+from cctrain.cost.traffic import Gathering
 from cctrain.cost.work import Load
 from cctrain.training.objective import negative_log_likelihood
 from tests.cost.conftest import ZERO_KINDS, ZERO_MODEL, ZERO_RANKS, said_by_ranks, work
@@ -193,15 +193,28 @@ def test_one_rank_reduces_no_gradients():
     assert together.backward == 2 * alone.backward
 
 
-def test_under_stage_3_no_more_weights_are_gathered_than_are_fetched_ahead_and_a_layer():
+@pytest.mark.parametrize(
+    ("options", "ahead"),
+    [
+        ({"stage3_max_live_parameters": 50_000_000}, 50_000_000),
+        ({"stage3_max_live_parameters": 50_000_000, "stage3_prefetch_bucket_size": 0}, 0),
+    ],
+)
+def test_under_stage_3_no_more_weights_are_gathered_than_may_live_and_a_layer(options, ahead):
     model, num_genes, ranks = ModelConfig(width=1024, depth=48, heads=16), 20_000, 8
     total = num_parameters(model, num_genes)
-    gathered = FETCHED_AHEAD + parameters_of_a_layer(model)
-    assert gathered < total
-    found = state(model, num_genes, 3, 2, ranks, bucket=0)
     small = 48 * 16 * 1024 + 64 * 1024 + 5 * 1024 + 20_000  # vectors of the layers, first latents, around, of genes
+    gathered = small + ahead + parameters_of_a_layer(model)
+    assert gathered < total
+    found = state(model, num_genes, 3, 2, ranks, 0, Gathering(**options))
     assert found.weights == pytest.approx(2 * (total / ranks + small * (ranks - 1) / ranks))
     assert found.weights + found.backward == pytest.approx(2 * (total / ranks + total + gathered))
+
+
+def test_under_stage_3_tensors_that_are_said_to_be_small_are_whole_on_every_rank():
+    model, sizes = ModelConfig(), [parameter.numel() for parameter in built(ModelConfig(), 1000).parameters()]
+    found = state(model, 1000, 3, 4, 4, 0, Gathering(stage3_param_persistence_threshold=1000))
+    assert found.weights == pytest.approx(sum(sizes) + 3 * sum(size for size in sizes if size <= 1000))
 
 
 def test_more_ranks_share_more_at_every_stage_and_the_last_shares_all():

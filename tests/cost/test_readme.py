@@ -19,7 +19,7 @@ from cctrain.cost.memory import activations, reduce_bucket, state
 from cctrain.cost.parameters import num_parameters, parameters_by_component
 from cctrain.cost.step import step_cost, step_traffic
 from cctrain.cost.step_time import collectives, parameters_updated, rank_flops, step_seconds
-from cctrain.cost.traffic import never_partitioned, sent
+from cctrain.cost.traffic import DEEPSPEEDS_OWN, Collective, never_partitioned, sent
 from cctrain.cost.work import Contexts, Load, Work
 
 PAGE = (Path(__file__).parents[2] / "cctrain" / "cost" / "README.md").read_text(encoding="utf-8")
@@ -82,7 +82,8 @@ def symbols_of(model: ModelConfig, work: Work = WORK) -> dict[str, float]:
         **{"L": model.depth, "d": model.width, "H": model.heads, "s": model.cell_encoding or 0},
         **{"M": 0 if dense else model.latents, "d_l": 0 if dense else model.latent_width or model.width},
         **{"e": work.element_bytes, "W": work.ranks, "C": work.context_ranks, "A": work.micro_batches},
-        **{"P": num_parameters(model, GENES), "S": never_partitioned(model, GENES)},
+        **{"P": num_parameters(model, GENES)},
+        **{"S": never_partitioned(model, GENES, DEEPSPEEDS_OWN.stage3_param_persistence_threshold)},
         **{"B": reduce_bucket(num_parameters(model, GENES))},
         **{"c": 2 if work.memory.checkpointing else 1, "t": work.tile_tokens},
     }
@@ -165,16 +166,20 @@ def written_collectives(wheres: Iterable[str], symbols: dict[str, float]) -> lis
     ]
 
 
+def in_one_payload(made: list[Collective]) -> list[tuple[str, str, float, float]]:
+    """(purpose, operation, payload, times); of small parameters, which go one by one, what all of them are."""
+    small = [one for one in made if one.purpose == "small parameters"]
+    of_small = [("small parameters", "all_gather", sum(one.times * one.payload for one in small), 1)] if small else []
+    return [(one.purpose, one.operation, one.payload, one.times) for one in made if one not in small] + of_small
+
+
 @every_model
 @pytest.mark.parametrize("stage", range(4))
 @pytest.mark.parametrize(("context_ranks", "many"), [(2, "2 to 8"), (9, "more")])
 def test_collectives_of_context_ranks_and_of_zero(model, stage, context_ranks, many):
     work = replace(WORK, ranks=18, context_ranks=context_ranks, zero_stage=stage)
     symbols = symbols_of(model, work)
-    exchanged, of_zero = (
-        [(one.purpose, one.operation, one.payload, one.times) for one in made]
-        for made in collectives(model, GENES, work)
-    )
+    exchanged, of_zero = (in_one_payload(made) for made in collectives(model, GENES, work))
     if model.attention == "criss_cross":
         assert written_collectives(["context ranks", many], symbols) == exchanged
     assert written_collectives(["ZeRO", str(stage)], symbols) == of_zero
@@ -203,7 +208,8 @@ def test_seconds_of_every_part_of_a_step(model, checkpointing, stage):
     called = dict(zip(("exchange", "zero"), collectives(model, GENES, work), strict=True))
     for name, [formula] in formulas.items():
         made = called.get(name, [])
-        of_collectives = {"sent": sum(one.sent for one in made), "times": sum(one.times for one in made)}
+        started = sum(one.times * one.calls for one in made)
+        of_collectives = {"sent": sum(one.sent for one in made), "started": started}
         assert value(formula, symbols | of_collectives) == pytest.approx(seconds[name]), name
 
 

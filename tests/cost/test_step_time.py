@@ -1,14 +1,15 @@
 """How long a step takes: what it has to do, over the rates of a device."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from cctrain.config import ModelConfig
-from cctrain.cost.devices import FOLDER, Device, known_devices, load_device
+from cctrain.config import Config, ModelConfig
+from cctrain.cost.devices import Device
 from cctrain.cost.flops import step_flops
+from cctrain.cost.memory import rank_memory, state
 from cctrain.cost.parameters import num_parameters
+from cctrain.cost.step import step_traffic
 from cctrain.cost.step_time import (
     SMALL_COLLECTIVES,
     StepSeconds,
@@ -18,8 +19,8 @@ from cctrain.cost.step_time import (
     seconds_of,
     step_seconds,
 )
-from cctrain.cost.traffic import Collective, exchange_of_a_layer, zero
-from cctrain.errors import UsageError
+from cctrain.cost.traffic import Collective, Gathering, exchange_of_a_layer, zero
+from cctrain.cost.work import Contexts, work_of
 from tests.cost.conftest import WORK_GENES as GENES
 from tests.cost.conftest import WORK_MODEL as MODEL
 from tests.cost.conftest import work
@@ -134,6 +135,12 @@ def test_every_rate_slows_its_own_part():
             assert seconds.total == getattr(seconds, part)
 
 
+def test_every_part_takes_as_many_times_as_long_as_a_rehearsal_did():
+    once, beyond = (taken(products=10.0, call=2.0, rehearsed_over_parts=factor) for factor in (1.0, 1.5))
+    assert beyond == once.scaled(1.5)
+    assert beyond.total == 1.5 * once.total > 0
+
+
 def test_context_ranks_exchange_in_every_layer_of_every_micro_batch():
     shared = work(ranks=4, context_ranks=2, micro_batch_tokens=1000)
     assert (shared.micro_batches, shared.load.contexts) == (2, 2)
@@ -148,53 +155,25 @@ def test_zero_is_among_all_ranks():
     assert of_zero == zero(MODEL, GENES, stage=2, element_bytes=2, ranks=4, micro_batches=2)
 
 
+def test_zero_gathers_as_the_configuration_says():
+    config = Config(model=MODEL, deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 100}})
+    config.data.micro_batch_tokens, config.parallel.zero_stage = 1000, 3
+    rank = work_of(config, Contexts(1000, 50, GENES), ranks=2, tile_tokens=256)
+    gathering = Gathering(stage3_param_persistence_threshold=100)
+    _, of_zero = collectives(MODEL, GENES, rank)
+    assert of_zero == zero(MODEL, GENES, 3, 4, 2, rank.micro_batches, gathering)
+    held, _ = rank_memory(config, GENES, rank)
+    assert held.weights == state(MODEL, GENES, 3, 4, 2, 0, gathering).weights
+    told = step_traffic(config, GENES, contexts=16, micro_batches=rank.micro_batches, ranks=2)
+    assert told["cost/sent_bytes"] == sum(one.sent for one in of_zero)
+
+
 def test_a_group_larger_than_a_node_sends_at_the_rate_between_nodes():
     device = replace(IDLE, inside=100.0, between=10.0, latency=3.0)
     assert seconds_of(Collective("", "all_gather", 800, 8, times=2), device) == pytest.approx(2 * 700 / 100 + 6)
     assert seconds_of(Collective("", "all_gather", 1600, 16), device) == pytest.approx(1500 / 10 + 3)
 
 
-@pytest.mark.parametrize("name", known_devices())
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_every_profile_is_of_a_device_below_its_peak(name, precision):
-    device = load_device(name, precision)
-    assert device.attention < device.products < device.peak
-    assert device.between < device.inside < device.elementwise
-    assert not device.measured
-
-
-def test_a_device_reaches_the_share_of_its_data_sheet_that_is_said_to_be_attained():
-    device = load_device("h100", "bf16")
-    assert (device.products, device.attention) == pytest.approx((0.6 * 989e12, 0.35 * 989e12))
-    assert (device.inside, device.between) == pytest.approx((0.7 * 450e9, 0.7 * 50e9))
-    assert device.elementwise == pytest.approx(0.75 * 3.35e12)
-    assert device.parameter_seconds == pytest.approx(90 / device.elementwise)  # bytes
-    assert device.target_seconds == pytest.approx(1000 / device.elementwise)
-
-
-def test_a_profile_of_ones_own_is_a_file_of_the_same_form(tmp_path: Path):
-    own = tmp_path / "own.yaml"
-    own.write_text((FOLDER / "h100.yaml").read_text().replace("name: NVIDIA H100 SXM", "name: ours"))
-    assert load_device(str(own), "bf16").name == "ours"
-
-
-@pytest.mark.parametrize(
-    ("text", "complaint"),
-    [
-        ("just text", "is no device"),
-        ("name: x", "missing or unknown: .*peak"),
-        ("a: [", "is not valid YAML"),
-        ((FOLDER / "h100.yaml").read_text().replace("bf16:", "fp64:"), "'bf16'"),
-        ((FOLDER / "h100.yaml").read_text().replace("3.35e+12", "much"), "much"),
-    ],
-)
-def test_a_profile_that_is_none_is_refused_with_its_name(tmp_path: Path, text: str, complaint: str):
-    own = tmp_path / "own.yaml"
-    own.write_text(text)
-    with pytest.raises(UsageError, match=f"own.yaml.*{complaint}"):
-        load_device(str(own), "bf16")
-
-
-def test_an_unknown_device_is_refused_with_those_that_are_known():
-    with pytest.raises(UsageError, match="a100, h100, h200"):
-        load_device("h1000", "bf16")
+def test_every_call_of_a_collective_waits():
+    device = replace(IDLE, inside=100.0, latency=3.0)
+    assert seconds_of(Collective("", "all_gather", 800, 8, times=2, calls=5), device) == 2 * 700 / 100 + 2 * 5 * 3

@@ -1,41 +1,88 @@
 """What ranks send: the formulas beside the collectives that they made."""
 
+import math
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
 from cctrain.config import Config, ModelConfig
 from cctrain.cost.parameters import num_parameters, parameter_tensors
 from cctrain.cost.step import step_traffic
 from cctrain.cost.traffic import (
-    FETCHED_AHEAD,
     MOST_RANKS_TO_GATHER,
-    PERSISTENT_UP_TO,
     SENT,
     Collective,
+    Gathering,
     exchange_of_a_layer,
+    gathering_of,
     ring_of_a_layer,
     sent,
     ulysses_of_a_layer,
     zero,
 )
 from cctrain.model.merge import MOST_SHARDS_TO_GATHER
-from tests.cost.conftest import ZERO_MODEL, ZERO_RANKS
+from tests.cost.conftest import ZERO_MODEL, ZERO_RANKS, zero_steps
+
+
+def counted(step: dict[str, Any], operation: str) -> tuple[int, int]:
+    """Bytes of all payloads, and calls."""
+    payloads = [payload for made, payload in step["collectives"] if made == operation]
+    return sum(payloads), len(payloads)
+
+
+def computed(step: dict[str, Any], num_genes: int, operation: str) -> tuple[float, int]:
+    element_bytes = 4 if step["precision"] == "fp32" else 2
+    gathering = Gathering(**step["options"])
+    law = zero(ZERO_MODEL, num_genes, step["stage"], element_bytes, ZERO_RANKS, step["micro_batches"], gathering)
+    of_operation = [one for one in law if one.operation == operation]
+    return sum(one.payload * one.times for one in of_operation), sum(one.times * one.calls for one in of_operation)
 
 
 @pytest.mark.processes
 def test_zero_sends_what_the_formulas_say(even_store, zero_trainings):
-    num_genes = len(even_store.genes.ids)
+    num_genes, threshold = len(even_store.genes.ids), Gathering().stage3_param_persistence_threshold
     sizes = {size for _, size, _ in parameter_tensors(ZERO_MODEL, num_genes)}
-    assert min(sizes) < PERSISTENT_UP_TO < max(sizes)
-    assert PERSISTENT_UP_TO in sizes
+    assert min(sizes) < threshold < max(sizes)
+    assert threshold in sizes
     for step in zero_trainings:
         assert step["micro_batches"] > 1
-        element_bytes = 4 if step["precision"] == "fp32" else 2
-        law = zero(ZERO_MODEL, num_genes, step["stage"], element_bytes, ZERO_RANKS, step["micro_batches"])
         assert {operation for operation, _ in step["collectives"]} <= SENT.keys()
         for operation in SENT:
-            counted = sum(payload for made, payload in step["collectives"] if made == operation)
-            computed = sum(one.payload * one.times for one in law if one.operation == operation)
-            assert counted == computed, (step["stage"], step["precision"], operation)
+            bytes_of_law, _ = computed(step, num_genes, operation)
+            assert counted(step, operation)[0] == bytes_of_law, (step["stage"], step["precision"], operation)
+
+
+# Eight of the model's matrices have 160,000 numbers each.
+FETCHED_AHEAD = [
+    {},
+    {"stage3_prefetch_bucket_size": 1_000_000},
+    {"stage3_prefetch_bucket_size": 100_000},
+    {"stage3_param_persistence_threshold": 200_000},
+]
+NOT_FETCHED_AHEAD = [{"stage3_prefetch_bucket_size": 0}, {"stage3_max_live_parameters": 500_000}]
+
+
+@pytest.fixture(scope="module")
+def gatherings(even_store) -> list[dict[str, Any]]:
+    return zero_steps(even_store, [(3, "bf16", options) for options in (*FETCHED_AHEAD, *NOT_FETCHED_AHEAD)])
+
+
+@pytest.mark.processes
+def test_weights_that_are_fetched_ahead_are_gathered_once_a_micro_batch_in_as_many_calls_as_it_takes(
+    even_store, gatherings
+):
+    for step in gatherings[: len(FETCHED_AHEAD)]:
+        assert counted(step, "all_gather") == computed(step, len(even_store.genes.ids), "all_gather"), step["options"]
+
+
+@pytest.mark.processes
+def test_weights_that_are_not_fetched_ahead_are_gathered_at_most_twice_a_micro_batch(even_store, gatherings):
+    for step in gatherings[len(FETCHED_AHEAD) :]:
+        for found, law in zip(
+            counted(step, "all_gather"), computed(step, len(even_store.genes.ids), "all_gather"), strict=True
+        ):
+            assert 0.8 * law <= found <= law, step["options"]
 
 
 def test_a_step_line_says_what_a_rank_sends_for_its_contexts_and_for_zero():
@@ -56,19 +103,35 @@ def test_dense_attention_has_no_latents_to_exchange():
     assert exchange_of_a_layer(ModelConfig(attention="dense"), 5, ranks=8) == []
 
 
-def test_a_model_that_does_not_stay_whole_is_gathered_for_forward_and_for_backward():
-    large = ModelConfig(width=1024, depth=3)
-    assert num_parameters(large, 20_000) > FETCHED_AHEAD
-    _, gathered, _ = zero(large, 20_000, 3, 2, ranks=8, micro_batches=3)
-    assert gathered.times == 6
+def large_and_small(model: ModelConfig, **options: int) -> tuple[Collective, list[Collective]]:
+    _, large, *small = zero(model, 20_000, 3, 2, ranks=8, micro_batches=3, gathering=Gathering(**options))
+    return large, small
 
 
-@pytest.mark.parametrize("element_bytes", [2, 4])
-def test_a_model_that_stays_whole_is_gathered_once_for_each_micro_batch(element_bytes):
-    small = ModelConfig(width=512, depth=3)
-    assert FETCHED_AHEAD / 2 < num_parameters(small, 20_000) < FETCHED_AHEAD
-    _, gathered, _ = zero(small, 20_000, 3, element_bytes, ranks=8, micro_batches=3)
-    assert gathered.times == 3
+def test_a_model_that_has_no_room_whole_is_gathered_for_forward_and_for_backward_tensor_by_tensor():
+    model = ModelConfig(width=1024, depth=3)
+    whole, _ = large_and_small(model)
+    assert (whole.times, whole.calls) == (3, math.ceil(whole.payload / 2 / 50_000_000))
+    assert whole.calls > 1
+    exact, _ = large_and_small(model, stage3_max_live_parameters=int(whole.payload) // 2)
+    assert exact == whole
+    not_whole, _ = large_and_small(model, stage3_max_live_parameters=int(whole.payload) // 2 - 1)
+    matrices = [one.number for one in parameter_tensors(model, 20_000) if one.size > 100_000]
+    assert not_whole == replace(whole, times=6, calls=sum(matrices))
+
+
+def test_small_tensors_are_gathered_one_by_one():
+    model = ModelConfig(width=512, depth=3)
+    large, small = large_and_small(model)
+    assert large.payload + sum(one.payload * one.times for one in small) == 2 * num_parameters(model, 20_000)
+    assert all(one.payload <= 2 * 100_000 and one.calls == 1 for one in small)
+
+
+def test_the_configuration_says_how_weights_are_gathered():
+    options = {"stage3_prefetch_bucket_size": 5e6, "stage3_param_persistence_threshold": 1000, "reduce_scatter": True}
+    config = Config(deepspeed={"zero_optimization": options})
+    assert gathering_of(config) == Gathering(1000, 5_000_000, 1_000_000_000)
+    assert gathering_of(Config()) == Gathering()
 
 
 def test_up_to_eight_ranks_gather_what_latents_read_and_more_of_them_reduce_it():

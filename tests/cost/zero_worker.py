@@ -1,6 +1,7 @@
 """One of several ranks: takes training steps under every ZeRO stage, and tells what they sent.
 
-Argument: a JSON object with the store, the model's configuration, and kinds of training, each a stage and a precision.
+Argument: a JSON object with the store, the model's configuration, and kinds of training, each a stage, a precision and
+DeepSpeed's options of ZeRO.
 Prints for each the operation and the payload of every collective of a step.
 """
 
@@ -50,9 +51,13 @@ def size_of(argument: Any) -> int:
     return argument.nbytes if isinstance(argument, Tensor) else sum(map(size_of, argument))
 
 
-def steps(store_path: str, model: dict[str, Any], kinds: list[tuple[int, str]], mesh: Mesh) -> Iterator[dict[str, Any]]:
-    for stage, precision in kinds:
+Kind = tuple[int, str, dict[str, int]]
+
+
+def steps(store_path: str, model: dict[str, Any], kinds: list[Kind], mesh: Mesh) -> Iterator[dict[str, Any]]:
+    for stage, precision, options in kinds:
         training = Training(store_path, model, stage, precision, mesh)
+        training.config.deepspeed = {"zero_optimization": options}
         training.build()
         training.step()
         with Recorder() as recorder:
@@ -60,6 +65,7 @@ def steps(store_path: str, model: dict[str, Any], kinds: list[tuple[int, str]], 
         yield {
             "stage": stage,
             "precision": precision,
+            "options": options,
             "micro_batches": len(training.batches),
             "collectives": recorder.seen,
             "reduce_bucket": getattr(training.engine.optimizer, "reduce_bucket_size", None),  # not without ZeRO

@@ -60,7 +60,9 @@ def test_it_says_what_the_training_needs_and_how_long_it_takes_on_such_gpus(fold
     )
     said = caplog.text
     assert "on each of 8 rank(s)" in said
-    assert re.search(r"fits into the 1\d\d GB of NVIDIA H200 SXM; about .* s a step, .* h for 10,000 steps", said)
+    assert re.search(
+        r"fits into 127 GB of the 141 GB of NVIDIA H200 SXM; about .* s a step, .* h for 10,000 steps", said
+    )
 
 
 def test_where_nothing_names_the_gpus_it_says_what_the_training_needs(folder, caplog):
