@@ -1,20 +1,24 @@
 """What tracking costs: its share of the time of a step, and how long MLflow takes to receive a long journal.
 
-    python -m tools.bench_tracking [--steps 100000] [--metrics 20] [--attempts 5] [--every-step] [--out FILE]
+    python -m tools.bench_tracking [--store data/retina-store] [--steps 100000] [--attempts 5] [--every-step]
+                                   [--out FILE]
 
-The journal is of a training with so many steps, metrics a step and attempts, each of which repeats the last 100 steps
-of the one before. It is sent to a new SQLite database as `cctrain sync` does, twice; the second time nothing may be
-added. With --every-step a third time, as `cctrain sync --all` does.
+First the quick start trains --trained-steps steps. Their lines, in turn, are those of every journal here, and their
+median time is that of a step.
 
-The share: a process writes a line of that many metrics every --step-seconds (default: what a step of the quick start
-takes on two cores), with the live projection beside it, as a training does at one log a step. What it costs is the
-time that the writing takes, for the training waits for it, and the processor time of the projection's thread, which
-the training lacks where all cores are its own.
+The share: a process does every step what the first rank of a training does for tracking: it observes itself and its
+node and writes the line, with the live projection beside it. All its processor time counts, that of the projection's
+thread too, which a training lacks where all cores are its own. What happens once, before the first step and behind the
+last, is told apart.
+
+The long journal has so many steps and attempts, each of which repeats the last 100 steps of the one before. It is sent
+to a new SQLite database as `cctrain sync` does, twice; the second time nothing may be added. With --every-step a third
+time, as `cctrain sync --all` does.
 """
 
 import argparse
-import math
 import sqlite3
+import statistics
 import tempfile
 import threading
 import time
@@ -22,14 +26,16 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from cctrain.config import Config, to_yaml
+from cctrain.parallel.mesh import join_mesh
 from cctrain.tracking.content import metrics_of
 from cctrain.tracking.journal import Journal
 from cctrain.tracking.projection import LiveProjection, project
+from cctrain.training.observations import Observer
+from tools.journals import prolong, train, values
 from tools.record import add_out, circumstances, keep
 
+QUICK_START = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+STEPS_ALONE = ("evaluation.every=0", "checkpoint.every=0")
 REPEATED = 100
 EXPERIMENT = "bench"
 SYNC_BOUND_SECONDS, SHARE_BOUND = 300.0, 0.01
@@ -37,24 +43,28 @@ SYNC_BOUND_SECONDS, SHARE_BOUND = 300.0, 0.01
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=100_000)
-    parser.add_argument("--metrics", type=int, default=20, help="of a step (default: %(default)s)")
-    parser.add_argument("--attempts", type=int, default=5)
-    parser.add_argument("--every-step", action="store_true", help="also send every step")
-    parser.add_argument("--step-seconds", type=float, default=0.4, help="of a step (default: %(default)s)")
+    parser.add_argument("--store", default="data/retina-store", help="of the quick start (default: %(default)s)")
+    parser.add_argument("--trained-steps", type=int, default=40, help="of the quick start (default: %(default)s)")
+    parser.add_argument("--step-seconds", type=float, help="of a step, instead of what the trained ones took")
     parser.add_argument("--live-steps", type=int, default=200, help="to follow live (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=100_000, help="of the long journal (default: %(default)s)")
+    parser.add_argument("--attempts", type=int, default=5, help="of the long journal (default: %(default)s)")
+    parser.add_argument("--every-step", action="store_true", help="also send every step of the long journal")
     add_out(parser)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="tracking-") as folder:
-        synced = sync_long(Path(folder) / "long", arguments)
-        followed = follow_live(Path(folder) / "live", arguments)
+    with tempfile.TemporaryDirectory(prefix="tracking-") as name:
+        folder = Path(name)
+        overrides = (f"data.store={arguments.store}", f"training.steps={arguments.trained_steps}", *STEPS_ALONE)
+        lines = train(folder / "trained", QUICK_START, *overrides)
+        steps = [line for line in lines if line["event"] == "step"]
+        seconds = arguments.step_seconds or statistics.median(line["step_seconds"] for line in steps)
+        followed = follow_live(folder / "live", folder / "trained", steps, seconds, arguments.live_steps)
+        synced = sync_long(folder / "long", folder / "trained", arguments)
     result = {
         "question": "what does tracking cost a training, and how long does a long journal take to sync?",
-        "steps": arguments.steps,
-        "metrics": arguments.metrics,
-        "attempts": arguments.attempts,
-        "sync": synced,
+        "metrics": len(metrics_of(steps[0])),
         "live": followed,
+        "sync": synced,
         **circumstances("mlflow"),
     }
     print(summary(result))
@@ -63,106 +73,115 @@ def main() -> None:
     raise SystemExit(0 if kept and synced["seconds"] < SYNC_BOUND_SECONDS else 1)
 
 
-def sync_long(run_dir: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    begin(run_dir)
+def follow_live(
+    run_dir: Path, trained: Path, lines: list[dict[str, Any]], step_seconds: float, num_steps: int
+) -> dict[str, Any]:
+    """Processor seconds of tracking a step, once the database is there, and those that it takes once.
+
+    Raises RuntimeError if a step has not arrived after two minutes.
+    """
+    database = run_dir.parent / "live.db"
+    prolong(run_dir, trained, (1, 0, None))
+    journal = Journal(run_dir, attempt=1)
+    live = LiveProjection(run_dir, f"sqlite:///{database}", EXPERIMENT)
+    seconds: dict[str, list[float]] = {"processor": [], "elapsed": []}
+    with join_mesh() as mesh:
+        observer = Observer(mesh.device)
+        live.start()
+        [thread] = [thread for thread in threading.enumerate() if thread.name == "mlflow-projection"]
+        wait_until_idle(thread, run_dir / "mlflow.json")
+        begun = processor_seconds(thread)
+        for step in range(1, num_steps + 1):
+            started, started_processor = time.perf_counter(), time.thread_time()
+            line = values(lines[(step - 1) % len(lines)])
+            observed = observer.observe(line["data_seconds"], line["communication_seconds"])
+            journal.write("step", step, **line | observed)
+            seconds["processor"].append(time.thread_time() - started_processor)
+            seconds["elapsed"].append(time.perf_counter() - started)
+            time.sleep(max(0.0, step_seconds - seconds["elapsed"][-1]))
+        wait_for_points(database, num_steps * len(metrics_of(lines[0])))
+        followed = processor_seconds(thread)
+    journal.write("stop", num_steps, status="finished")
+    before = time.process_time()
+    live.close()
+    ending = time.process_time() - before
+    training, projection = statistics.fmean(seconds["processor"]), (followed - begun) / num_steps
+    return {
+        "steps": num_steps,
+        "step_seconds": step_seconds,
+        "training_thread_median_seconds_a_step": statistics.median(seconds["elapsed"]),
+        "training_thread_processor_seconds_a_step": training,
+        "projection_processor_seconds_a_step": projection,
+        "share": (training + projection) / step_seconds,
+        "processor_seconds_before_the_first_step": begun,
+        "processor_seconds_behind_the_last_step": ending,
+    }
+
+
+def sync_long(run_dir: Path, trained: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     each = arguments.steps // arguments.attempts
-    for attempt in range(arguments.attempts):
-        journal = Journal(run_dir)
-        first = max(1, attempt * each + 1 - REPEATED)
-        journal.write("start", first - 1, run="bench", commit="", world_size=1)
-        last = arguments.steps if attempt == arguments.attempts - 1 else (attempt + 1) * each
-        for step in range(first, last + 1):
-            journal.write("step", step, **values(step, arguments.metrics))
-        if attempt == arguments.attempts - 1:
-            journal.write("stop", last, status="finished")
-        journal.close()
-    uri = f"sqlite:///{run_dir.parent / 'long.db'}"
+    begins = [max(1, attempt * each + 1 - REPEATED) for attempt in range(arguments.attempts)]
+    ends = [attempt * each for attempt in range(1, arguments.attempts)] + [arguments.steps]
+    statuses = [None] * (arguments.attempts - 1) + ["finished"]
+    prolong(run_dir, trained, *zip(begins, ends, statuses, strict=True))
+    database = run_dir.parent / "long.db"
 
     def send(every_step: bool) -> tuple[float, int]:
         started = time.perf_counter()
-        project(run_dir, uri, EXPERIMENT, every_step=every_step)
-        return time.perf_counter() - started, num_points(uri)
+        project(run_dir, f"sqlite:///{database}", EXPERIMENT, every_step=every_step)
+        return time.perf_counter() - started, num_points(database)
 
     seconds, points = send(False)
     again_seconds, again_points = send(False)
-    found = {"seconds": seconds, "points": points, "again_seconds": again_seconds}
-    found["added_by_second"] = again_points - points
+    found = {"steps": arguments.steps, "attempts": arguments.attempts, "seconds": seconds, "points": points}
+    found |= {"again_seconds": again_seconds, "added_by_second": again_points - points}
     if arguments.every_step:
         found["every_step_seconds"], found["every_step_points"] = send(True)
     return found
 
 
-def follow_live(run_dir: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Processor seconds of the projection and seconds of the journal, by step, once the database is there."""
-    begin(run_dir)
-    journal = Journal(run_dir)
-    journal.write("start", 0, run="live", commit="", world_size=1)
-    live = LiveProjection(run_dir, f"sqlite:///{run_dir.parent / 'live.db'}", EXPERIMENT)
-    live.start()
-    [thread] = [t.native_id for t in threading.enumerate() if t.name == "mlflow-projection"]
-    time.sleep(10 * arguments.step_seconds + 10)  # the database is made, which happens once
-    writing, before = 0.0, processor_seconds(thread)
-    for step in range(1, arguments.live_steps + 1):
-        started = time.perf_counter()
-        journal.write("step", step, **values(step, arguments.metrics))
-        took = time.perf_counter() - started
-        writing += took
-        time.sleep(max(0.0, arguments.step_seconds - took))
-    projecting = processor_seconds(thread) - before
-    journal.write("stop", arguments.live_steps, status="finished")
-    live.close()
-    cost = (writing + projecting) / arguments.live_steps
-    return {
-        "steps": arguments.live_steps,
-        "step_seconds": arguments.step_seconds,
-        "journal_seconds_a_step": writing / arguments.live_steps,
-        "projection_processor_seconds_a_step": projecting / arguments.live_steps,
-        "share": cost / arguments.step_seconds,
-    }
+def processor_seconds(thread: threading.Thread) -> float:
+    assert thread.ident is not None
+    return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
 
 
-def begin(run_dir: Path) -> None:
-    run_dir.mkdir(parents=True)
-    config = Config()
-    config.data.store = "stores/none"
-    (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+def wait_until_idle(thread: threading.Thread, identity: Path) -> None:
+    """Until the projection has named its run, and has nothing more to do."""
+    before = -1.0
+    while not identity.is_file() or processor_seconds(thread) > before:
+        before = processor_seconds(thread)
+        time.sleep(3)
 
 
-def values(step: int, num_metrics: int) -> dict[str, Any]:
-    """A step line's, with so many metrics for MLflow."""
-    told: dict[str, Any] = {
-        "loss": 0.7 + math.exp(-step / 1000),
-        "learning_rate": 1e-3,
-        "tokens": 30_000 + step % 100,
-        "step_seconds": 0.4,
-        "samples": f"{step:064x}",
-    }
-    missing = num_metrics - len(metrics_of({"event": "step", "step": step, **told}))
-    return told | {f"cost/number_{i}": step * 0.5 + i for i in range(missing)}
+def wait_for_points(database: Path, wanted: int) -> None:
+    deadline = time.monotonic() + 120
+    while num_points(database) < wanted:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{num_points(database):,} of {wanted:,} points have arrived: see what the log says")
+        time.sleep(1)
 
 
-def num_points(uri: str) -> int:
-    with closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as connection:
+def num_points(database: Path) -> int:
+    with closing(sqlite3.connect(database)) as connection:
         return connection.execute("select count(*) from metrics").fetchone()[0]
-
-
-def processor_seconds(thread: int | None) -> float:
-    [times] = [t for t in psutil.Process().threads() if t.id == thread]
-    return times.user_time + times.system_time
 
 
 def summary(result: dict[str, Any]) -> str:
     synced, live = result["sync"], result["live"]
     lines = [
-        f"journal of {result['steps']:,} steps, {result['metrics']} metrics, {result['attempts']} attempts: "
-        f"{synced['points']:,} points sent in {synced['seconds']:.1f} s (asked: under {SYNC_BOUND_SECONDS:.0f}); "
-        f"again in {synced['again_seconds']:.1f} s, {synced['added_by_second']} added",
-        f"at a step of {live['step_seconds']} s: the journal takes {live['journal_seconds_a_step'] * 1e6:.0f} µs, the "
-        f"projection {live['projection_processor_seconds_a_step'] * 1e3:.2f} ms of a processor, {live['share']:.2%} of "
-        f"the step (asked: under {SHARE_BOUND:.0%})",
+        f"{result['metrics']} metrics a step of {live['step_seconds']:.3f} s: the training's thread takes "
+        f"{live['training_thread_processor_seconds_a_step'] * 1e3:.2f} ms of a processor "
+        f"({live['training_thread_median_seconds_a_step'] * 1e3:.2f} ms pass), the projection's "
+        f"{live['projection_processor_seconds_a_step'] * 1e3:.2f} ms, together {live['share']:.2%} of the step "
+        f"(asked: under {SHARE_BOUND:.0%})",
+        f"once: {live['processor_seconds_before_the_first_step']:.1f} s of a processor beside the first steps, "
+        f"{live['processor_seconds_behind_the_last_step']:.1f} s behind the last",
+        f"journal of {synced['steps']:,} steps and {synced['attempts']} attempts: {synced['points']:,} points sent in "
+        f"{synced['seconds']:.1f} s (asked: under {SYNC_BOUND_SECONDS:.0f}); again in {synced['again_seconds']:.1f} s, "
+        f"{synced['added_by_second']} added",
     ]
     if "every_step_seconds" in synced:
-        lines.insert(1, f"every step: {synced['every_step_points']:,} points in {synced['every_step_seconds']:.0f} s")
+        lines.append(f"every step: {synced['every_step_points']:,} points in {synced['every_step_seconds']:.0f} s")
     return "\n".join(lines)
 
 

@@ -28,6 +28,7 @@ _CHARTS = """
   return wanted > 0 && metrics.length === wanted ? metrics : null;
 }
 """
+ALL_CHARTS = 5000  # pixels: high enough for all charts of a run, for MLflow draws what is in sight
 _IS_DRAWN = "image => image.complete && image.naturalWidth > 0"
 
 

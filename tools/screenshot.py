@@ -23,6 +23,7 @@ from playwright.sync_api import TimeoutError as NotSeenError
 from cctrain.tracking.ui import Page, find_page, run_page, running_server
 from tools.browser import NO_CHROMIUM, ChromiumMissingError, open_page
 from tools.mlflow_pages import (
+    ALL_CHARTS,
     child_runs,
     comparison_address,
     search_charts,
@@ -78,6 +79,8 @@ def parse_options() -> argparse.Namespace:
 
 
 def photograph_charts(browser: BrowserPage, server: str, page: Page, options: argparse.Namespace) -> dict[str, Any]:
+    if not options.only:
+        browser.set_viewport_size({"width": options.width, "height": max(options.height, ALL_CHARTS)})
     browser.goto(page.address(server))
     charts = search_charts(browser, options.only) if options.only else wait_for_charts(browser)
     options.out.write_bytes(picture(browser))

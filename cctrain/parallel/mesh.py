@@ -144,6 +144,14 @@ def first_rank_says(flag: bool, mesh: Mesh) -> bool:
     return sum_over_ranks([float(flag and mesh.is_first)], mesh.device)[0] > 0
 
 
+def gather_numbers(values: list[float], device: torch.device) -> list[list[float]]:
+    """The numbers of every rank, of which all have as many, in rank order, in fp64."""
+    mine = torch.tensor(values, dtype=torch.float64, device=device)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    return torch.stack(everyone).tolist()
+
+
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     """Rows (k, columns) of all ranks, whose k may differ, in rank order (Σk, columns); int64."""
     lengths = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size())]

@@ -27,7 +27,7 @@ _MEANINGS = {
     "and in all (the optimizer's elementwise ones are in neither), and `attention_share`, the one over the other; "
     "`sent_bytes` of a rank, over the network",
     "memory": "of the rank that holds the most: `bytes` now, `peak_bytes` at most so far",
-    "system": "of each node, on the tab *System metrics*: processors, memory, network",
+    "system": "of each node, on the tab *System metrics*: processors, memory, network, GPUs",
 }
 
 

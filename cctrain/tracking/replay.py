@@ -246,19 +246,26 @@ class Replay:
 
 
 def batches(measured: list[Line]) -> Iterator[tuple[list[Any], int]]:
-    """Metrics of consecutive lines, at most `_MAX_METRICS`, a line never divided; and the number of lines."""
+    """Metrics of consecutive lines, at most `_MAX_METRICS`, and the number of lines that end there.
+
+    A line is divided only if it alone has more, as on hundreds of GPUs; what says that it has arrived comes last.
+    """
     from mlflow.entities import Metric
 
     batch: list[Any] = []
     num_lines = 0
     for line in measured:
         time = milliseconds(line)
-        points = [
-            Metric(name, value, time, line["step"]) for name, value in metrics_of(line).items() if isfinite(value)
-        ]
+        metrics = metrics_of(line)
+        if STEP_MARKER in metrics:
+            metrics[STEP_MARKER] = metrics.pop(STEP_MARKER)
+        points = [Metric(name, value, time, line["step"]) for name, value in metrics.items() if isfinite(value)]
         if batch and len(batch) + len(points) > _MAX_METRICS:
             yield batch, num_lines
             batch, num_lines = [], 0
+        while len(points) > _MAX_METRICS:
+            yield points[:_MAX_METRICS], 0
+            points = points[_MAX_METRICS:]
         batch += points
         num_lines += 1
     if num_lines:

@@ -17,7 +17,7 @@ TOGETHER = """
 import json, sys
 import torch
 from cctrain.parallel.exchange import context_exchange
-from cctrain.parallel.mesh import arrange, gather_rows, join_mesh, sum_over_context, sum_over_ranks
+from cctrain.parallel.mesh import arrange, gather_numbers, gather_rows, join_mesh, sum_over_context, sum_over_ranks
 
 def places(mesh):
     return [mesh.data_rank, mesh.num_data_ranks, mesh.context_rank, mesh.num_context_ranks]
@@ -35,6 +35,7 @@ with join_mesh() as mesh:
         "unequal": gather_rows(rows).tolist(),
         "one without": gather_rows(rows[:num * mesh.rank]).tolist(),
         "none at all": list(gather_rows(rows[:0]).shape),
+        "numbers": gather_numbers([mesh.rank, 1.0 + 2.0**-50], mesh.device),
         "sums": sum_over_ranks([1.0 + mesh.rank, 2.0**-40], mesh.device),
         "rows": [places(arrange(mesh, 1)), places(arrange(mesh, 2))],
         "exchanged": exchanged(arrange(mesh, 2)),
@@ -72,6 +73,11 @@ def test_rows_of_unequal_numbers_are_gathered_in_the_order_of_ranks(together):
         assert found["unequal"] == [[0, 1], [2, 3], [4, 5], [6, 7]]
         assert found["one without"] == [[6, 7]]
         assert found["none at all"] == [0, 2]
+
+
+@pytest.mark.processes
+def test_numbers_are_gathered_in_the_order_of_ranks_and_keep_64_bits(together):
+    assert [found["numbers"] for found in together] == [[[0.0, 1.0 + 2.0**-50], [1.0, 1.0 + 2.0**-50]]] * 2
 
 
 @pytest.mark.processes

@@ -144,6 +144,22 @@ def test_more_than_a_batch_of_metrics_arrives_whole(make_run: MakeRun, database:
     assert [step for step, _ in _points(database, "cost/M")] == list(range(1, 151))
 
 
+def test_a_step_of_more_metrics_than_a_batch_holds_arrives_whole_and_its_marker_last(
+    make_run: MakeRun, database: str
+) -> None:
+    run_dir = make_run((1, 1, None))
+    gpus = {f"system/node-{n // 8}/gpu_{n % 8}_utilization_percentage": float(n) for n in range(2100)}
+    Journal(run_dir, attempt=1).write("step", 2, loss=0.5, step_seconds=0.5, **gpus)
+    [line] = [line for line in read_journal(run_dir) if line["step"] == 2]
+    found = list(batches([line]))
+    assert [(len(metrics), num_lines) for metrics, num_lines in found] == [(1000, 0), (1000, 0), (102, 1)]
+    assert found[-1][0][-1].key == content.STEP_MARKER
+    project(run_dir, database, "cctrain")
+    assert _num_stored(database) == METRICS_OF_A_STEP + 2102
+    assert project(run_dir, database, "cctrain")
+    assert _num_stored(database) == METRICS_OF_A_STEP + 2102
+
+
 def test_a_resumed_run_goes_on_in_the_same_mlflow_run(make_run: MakeRun, database: str) -> None:
     run_dir = make_run((1, 50, "preempted"))
     first = project(run_dir, database, "cctrain")
