@@ -146,6 +146,8 @@ def first_rank_says(flag: bool, mesh: Mesh) -> bool:
 
 def gather_numbers(values: list[float], device: torch.device) -> list[list[float]]:
     """The numbers of every rank, of which all have as many, in rank order, in fp64."""
+    if dist.get_world_size() == 1:
+        return [values]  # a collective, at every step, would be most of what observing takes
     mine = torch.tensor(values, dtype=torch.float64, device=device)
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, mine)
