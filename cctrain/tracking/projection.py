@@ -7,6 +7,7 @@ a line means to MLflow in `content`, where it may go in `address`. MLflow is imp
 not before.
 """
 
+import gc
 import logging
 import os
 import threading
@@ -116,12 +117,19 @@ class LiveProjection:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         projection: Replay | None = None
         pause = self._every
+        is_frozen = False
         while True:
             last = self._closing.is_set()
             try:
                 if projection is None:
                     projection = Replay(self._run_dir, self._uri, self._experiment)
                     projection.replay(finished=last)
+                    if not is_frozen:
+                        # MLflow is loaded now, and stays: to look for garbage among its hundred thousands of objects,
+                        # again and again, took a third of the time of sending.
+                        gc.collect()
+                        gc.freeze()
+                        is_frozen = True
                 elif last:
                     projection.replay(finished=True)
                 else:

@@ -1,5 +1,6 @@
 """The projection, read back with MLflow's own client."""
 
+import gc
 import json
 import logging
 import math
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 
 from cctrain.config import load_config, to_yaml
 from cctrain.errors import UsageError
@@ -374,6 +376,20 @@ def test_steps_arrive_while_the_run_goes_on_and_each_once(make_run: MakeRun, dat
     live.close()
     assert [step for step, _ in _points(database, "train/loss")] == list(range(1, 10))
     assert _only_run(database).info.status == "FINISHED"
+
+
+def test_the_garbage_collector_leaves_out_what_mlflow_loads(make_run: MakeRun, database: str) -> None:
+    run_dir = make_run((1, 5, None))
+    gc.unfreeze()
+    assert any(one is MlflowClient for one in gc.get_objects())
+    live = LiveProjection(run_dir, database, "cctrain", every=0.1)
+    live.start()
+    try:
+        _wait_for(lambda: gc.get_freeze_count() > 0)
+        assert not any(one is MlflowClient for one in gc.get_objects())
+    finally:
+        live.close()
+        gc.unfreeze()
 
 
 @pytest.mark.parametrize("uri", ["sqlite:///{}/file/mlflow.db", "http://ann:s3cret@127.0.0.1:9", "mlruns"])
