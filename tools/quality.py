@@ -1,14 +1,15 @@
 """Quality against cost: criss-cross beside dense attention at equal parameters, equal FLOPs and equal time.
 
-    tools/quality.sh [--datasets retina pbmc3k] [--seeds 0 1 2] [--steps S ...] [--dry-run] [--out PATH]
+    tools/quality.sh [--datasets retina pbmc3k] [--seeds 0 1 2] [--steps S ...] [--as-long-as-dense]
+                     [--learning-rates R ...] [--dry-run] [--out PATH]
 
 tools/quality_plan.py says what is trained and for how many steps, which follows from what steps cost; that is measured
 first (tools/quality_cost.py). `cctrain train` trains, tools/quality_judge.py judges. Writes OUT.json with a row for
 each model and way of judging it, OUT.md with the tables, and OUT.png.
 
 It may be stopped at any time: the same command goes on, in the middle of a training too. What has a row is not made
-again, so once all is there it only writes the tables. Data sets, seeds and --as-long-as-dense may be added later; other
-steps, another configuration or another store need another --out.
+again, so once all is there it only writes the tables. Data sets, seeds, --as-long-as-dense and --learning-rates may be
+added later; other steps, another configuration or another store need another --out.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,10 @@ from cctrain.data.fetch import DATASETS
 from cctrain.run_directory import WEIGHTS
 from cctrain.tracking.journal import history, read_journal
 from cctrain.words import duration
-from tools.quality_data import Dataset, costs, measured_seconds, open_dataset
+from tools.quality_data import Dataset, costs, measured_seconds, open_dataset, peak_learning_rate
 from tools.quality_figure import draw
 from tools.quality_judge import baselines, judge
-from tools.quality_plan import Cost, Training, plan, predicted_seconds, warmup_steps
+from tools.quality_plan import Cost, Training, at_learning_rates, plan, predicted_seconds, warmup_steps
 from tools.quality_report import plan_text, report_text
 from tools.record import circumstances, keep
 
@@ -43,10 +45,10 @@ def main() -> None:
         name: open_dataset(name, number, arguments.work, arguments.config)
         for name, number in zip(arguments.datasets, steps, strict=True)
     }
-    result = json.loads(file.read_text()) if file.is_file() else begun()
+    result = kept(file) if file.is_file() else begun()
     for dataset in datasets.values():
         adopt(result, dataset, file)
-    trainings = planned(result, datasets, arguments.seeds, arguments.as_long_as_dense)
+    trainings = planned(result, datasets, arguments.seeds, arguments.as_long_as_dense, arguments.learning_rates)
     if arguments.dry_run:
         print(plan_text(trainings, [predicted(result, training) for training in trainings]))
         return
@@ -72,11 +74,21 @@ def parsed() -> argparse.Namespace:
         action="store_true",
         help="train the reference once more, for as many FLOPs as dense takes for S steps, which takes as long",
     )
+    parser.add_argument(
+        "--learning-rates",
+        nargs="+",
+        type=float,
+        default=[],
+        metavar="R",
+        help="train the reference and dense for S steps at these peaks too, of the first of --seeds",
+    )
     parser.add_argument("--dry-run", action="store_true", help="measure steps, print the plan and how long it takes")
     parser.add_argument("--out", type=Path, default=Path("tools/results/quality"), help="a path without ending")
     arguments = parser.parse_args()
     if len(arguments.steps) not in (1, len(arguments.datasets)) or min(arguments.steps) < 1:
         parser.error("--steps takes one number, or one for each of --datasets, and none below 1")
+    if min(arguments.learning_rates, default=1.0) <= 0.0:
+        parser.error("--learning-rates takes numbers above 0")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     return arguments
 
@@ -90,6 +102,15 @@ def begun() -> dict[str, Any]:
         "datasets": {},
         "rows": [],
     }
+
+
+def kept(file: Path) -> dict[str, Any]:
+    """What there is already. Rows that do not say their learning rate are older than --learning-rates: their
+    configuration's."""
+    result = json.loads(file.read_text())
+    for row in result["rows"]:
+        row.setdefault("learning_rate", peak_learning_rate(result["datasets"][row["dataset"]]["facts"]))
+    return result
 
 
 def adopt(result: dict[str, Any], dataset: Dataset, file: Path) -> None:
@@ -115,15 +136,22 @@ def adopt(result: dict[str, Any], dataset: Dataset, file: Path) -> None:
 
 
 def planned(
-    result: dict[str, Any], datasets: dict[str, Dataset], seeds: list[int], as_long_as_dense: bool = False
+    result: dict[str, Any],
+    datasets: dict[str, Dataset],
+    seeds: list[int],
+    as_long_as_dense: bool = False,
+    learning_rates: Sequence[float] = (),
 ) -> list[Training]:
     """Seed by seed, so that what there is after some time is complete for some seeds."""
     trainings = []
     for seed in seeds:
         for dataset in datasets.values():
             known = result["datasets"][dataset.name]
-            cost = costs(known["facts"], known["seconds_a_step"])
-            trainings += plan(dataset.name, dataset.variants, cost, known["facts"]["steps"], [seed], as_long_as_dense)
+            steps, cost = known["facts"]["steps"], costs(known["facts"], known["seconds_a_step"])
+            trainings += plan(dataset.name, dataset.variants, cost, steps, [seed], as_long_as_dense)
+            if seed == seeds[0]:
+                others = [peak for peak in dict.fromkeys(learning_rates) if peak != peak_learning_rate(known["facts"])]
+                trainings += at_learning_rates(dataset.name, dataset.variants, steps, seed, others)
     return trainings
 
 
@@ -178,6 +206,8 @@ def train(training: Training, dataset: Dataset, runs: Path) -> Path:
         "checkpoint.keep": 1,
         "checkpoint.keep_best": "false",
     }
+    if training.learning_rate is not None:
+        settings["training.learning_rate"] = training.learning_rate
     words = [*dataset.settings(training.variant), *(f"{key}={value}" for key, value in settings.items())]
     command = [sys.executable, "-m", "cctrain", "train", str(dataset.config_file), *words, "--ranks", "1"]
     code = ended(command)
@@ -210,6 +240,7 @@ def judged(run: Path, training: Training, cost: Cost, dataset: Dataset, max_toke
         "trained_on": training.variant.max_tokens,
         "judged_on": max_tokens,
         "steps": len(steps),
+        "learning_rate": training.learning_rate or peak_learning_rate(dataset.facts),
         "flops": sum(line["cost/total_flops"] for line in steps),
         "seconds": len(steps) * cost.seconds,
         "tokens": sum(line["tokens"] for line in steps),

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import OmegaConf
 
-from cctrain.config import load_config
+from cctrain.config import TrainingConfig, load_config
 from cctrain.cost.parameters import num_parameters
 from cctrain.data.store.store import open_store
 from tools.public_data import whole_cells
@@ -68,6 +69,11 @@ def open_dataset(name: str, steps: int, work: Path, config_file: Path) -> Datase
         },
     }
     return Dataset(name, held_out, config_file, variants, facts)
+
+
+def peak_learning_rate(facts: dict[str, Any]) -> float:
+    """The configuration's."""
+    return OmegaConf.merge({"training": TrainingConfig()}, OmegaConf.create(facts["config"])).training.learning_rate
 
 
 def measured_seconds(dataset: Dataset) -> dict[str, float]:

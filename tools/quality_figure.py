@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from cctrain.apply.figures import ACCENT, INK, MUTED
 from tools.quality_plan import DENSE, OTHER_LATENTS, REFERENCE_LATENTS, criss_cross
-from tools.quality_report import Row, average, groups_of
+from tools.quality_report import Row, average, groups_of, in_budgets
 
 COSTS = {"flops": (1e12, "training FLOPs, 10¹²"), "seconds": (1.0, "seconds of training")}
 CUT, CUT_THEN_WHOLE = (
@@ -36,7 +36,8 @@ STYLES: dict[str, dict[str, Any]] = {
 
 def draw(result: dict[str, Any], out: Path) -> None:
     """A row of two panels for each data set that has results."""
-    rows_of = {name: [row for row in result["rows"] if row["dataset"] == name] for name in result["datasets"]}
+    compared = in_budgets(result["rows"])
+    rows_of = {name: [row for row in compared if row["dataset"] == name] for name in result["datasets"]}
     rows_of = {name: rows for name, rows in rows_of.items() if rows}
     figure, grid = plt.subplots(
         len(rows_of), 2, figsize=(10, 1.0 + 3.8 * len(rows_of)), layout="constrained", sharey="row", squeeze=False

@@ -10,6 +10,9 @@ times, for as many steps as make it equal to the reference in
 Warm-up and decay of the learning rate follow the number of steps. Where two of these numbers are nearly the same, one
 training serves both. The reference's shape is also trained for S steps on contexts that are cut. On long contexts equal
 cost leaves dense very few steps; so the reference may be trained once more, for as many FLOPs as dense takes for S.
+
+The peak of the learning rate is the configuration's, which need not suit both. So the reference and dense may also be
+trained for S steps at other peaks, of one seed, to see which peak is best for each.
 """
 
 import re
@@ -72,23 +75,32 @@ class Cost:
 
 @dataclass(frozen=True)
 class Training:
-    """`equal`: the budgets that its number of steps serves; models are compared within a budget."""
+    """`equal`: the budgets that its number of steps serves; models are compared within a budget. `learning_rate`: its
+    peak, where it is not the configuration's; such a training serves no budget."""
 
     dataset: str
     variant: Variant
     steps: int
     equal: tuple[str, ...]
     seed: int
+    learning_rate: float | None = None
 
     @property
     def folder(self) -> str:
         """Of its run; no other training has it."""
         model = re.sub(r"\W+", "-", self.variant.name)
-        return f"{self.dataset}/{model}-steps-{self.steps}-seed-{self.seed}"
+        peak = "" if self.learning_rate is None else f"-learning-rate-{self.learning_rate}"
+        return f"{self.dataset}/{model}-steps-{self.steps}-seed-{self.seed}{peak}"
+
+    @property
+    def purpose(self) -> str:
+        if self.learning_rate is None:
+            return f"equal in {' and '.join(self.equal)}"
+        return f"peak learning rate {self.learning_rate:g}"
 
     @property
     def title(self) -> str:
-        return f"{self.dataset}, {self.variant.name}, equal in {' and '.join(self.equal)}, seed {self.seed}"
+        return f"{self.dataset}, {self.variant.name}, {self.purpose}, seed {self.seed}"
 
 
 def variants_of(base: ModelConfig, num_genes: int, longest: int) -> list[Variant]:
@@ -117,6 +129,16 @@ def plan(
         for variant, by_number in numbers:
             for number, equal in by_number:
                 yield Training(dataset, variant, number, equal, seed)
+
+
+def at_learning_rates(
+    dataset: str, variants: Iterable[Variant], steps: int, seed: int, learning_rates: Iterable[float]
+) -> Iterator[Training]:
+    """The reference and dense, for `steps` at each of these peaks."""
+    models = [variant for variant in variants if variant.name in (REFERENCE, DENSE)]
+    for peak in learning_rates:
+        for variant in models:
+            yield Training(dataset, variant, steps, (), seed, peak)
 
 
 def step_numbers(

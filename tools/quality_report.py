@@ -39,6 +39,11 @@ def groups_of(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
     return groups
 
 
+def in_budgets(rows: Iterable[Row]) -> list[Row]:
+    """Those that serve a budget. The others were trained at a learning rate of their own, and are no rival in any."""
+    return [row for row in rows if row["equal"]]
+
+
 def average(rows: list[Row], metric: str) -> dict[str, Any] | None:
     """None where the metric is not known."""
     values = [row[metric] for row in rows]
@@ -97,9 +102,14 @@ def report_text(result: dict[str, Any], figure: str) -> str:
         known = result["datasets"][name]
         if {row["targets"] for row in rows} - {known["facts"]["targets_digest"]}:
             raise ValueError(f"{name}: not all models were judged on the same targets")
-        parts += [f"## {name}", _facts(known["facts"]), _costs(rows, known), _scores(rows, known)]
+        compared = in_budgets(rows)
+        parts += [f"## {name}", _facts(known["facts"]), _costs(compared, known), _scores(compared, known)]
         if comparisons[name]:
             parts += ["Criss-cross minus dense at equal cost:", _comparison(comparisons[name])]
+        for seed in dict.fromkeys(row["seed"] for row in rows):
+            at_peaks = by_learning_rate([row for row in rows if row["seed"] == seed])
+            if at_peaks:
+                parts += [f"### Learning rate, seed {seed}", _learning_rates(at_peaks), _at_best_peaks(at_peaks)]
     return "\n\n".join([*parts, "## How to read this", HOW]) + "\n"
 
 
@@ -108,7 +118,10 @@ The reference is {REFERENCE}. *Equal* says in what a model's training equals the
 contexts in the same order with about as many parameters; **FLOPs**, by the closed form on the contexts of the store;
 **time**, by step times that were measured before, the models taking turns. **FLOPs of dense** are those that dense
 takes for the reference's number of steps. Seconds are of the training steps, as long as they took while the models took
-turns. Warm-up and decay of the learning rate follow the number of steps; its peak is the same for all.
+turns. Warm-up and decay of the learning rate follow the number of steps; its peak is the configuration's, which is that
+of two layers: those of a deeper model learn at 1/√(depth / 2) of it and slower. **Learning rate**, where it was asked
+for, holds the reference and dense after the reference's number of steps at other peaks too, of one seed; these
+trainings are in no other table. Which peak is best is told by the same held-out cells that judge, for both alike.
 
 All models of a data set are judged on the same hidden counts, drawn by gene alone, at the same size factors, which come
 from the counts that are not hidden. NLL is in nats, averaged within a cell, then over cells. Correlation is of log1p
@@ -118,7 +131,8 @@ visible tokens of a context; size factors always are of the whole cell.
 
 Behind ± and in parentheses: 95 % t intervals over seeds, of differences paired by seed. They hold what initial weights
 and the order of samples do, not what other held-out cells would; with three seeds they are wide. **Bold**: zero is
-outside. Of twenty differences that are none, one is expected to be bold."""
+outside. Of twenty differences that are none, one is expected to be bold. Under **Learning rate**, the best of a row is
+bold."""
 
 
 def where_worse(comparisons: dict[str, list[dict[str, Any]]]) -> str:
@@ -207,6 +221,51 @@ def _comparison(comparisons: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def by_learning_rate(rows: list[Row]) -> dict[float, dict[str, Row]]:
+    """Of one seed: the reference and dense after the reference's steps, by model, for each peak that both were trained
+    at, the lowest first. Empty if that is the configuration's alone."""
+    at_peaks: dict[float, dict[str, Row]] = {}
+    for row in rows:
+        if row["model"] in (REFERENCE, DENSE) and (STEPS in row["equal"] or not row["equal"]):
+            at_peaks.setdefault(row["learning_rate"], {})[row["model"]] = row
+    of_both = {peak: at_peaks[peak] for peak in sorted(at_peaks) if len(at_peaks[peak]) == 2}
+    return of_both if len(of_both) > 1 else {}
+
+
+def _learning_rates(at_peaks: dict[float, dict[str, Row]]) -> str:
+    peaks = [f"{peak:g}" for peak in at_peaks]
+    lines = [f"| model | score at a peak of | {' | '.join(peaks)} |", "|---|---|" + "---|" * len(peaks)]
+    for model in (REFERENCE, DENSE):
+        for metric, best_of in (("nll", min), ("correlation_within_gene", max)):
+            values = [models[model][metric] for models in at_peaks.values()]
+            best = best_of((value for value in values if value is not None), default=None)
+            cells = [f"**{value:.4f}**" if value is not None and value == best else _shown(value) for value in values]
+            lines.append(f"| {model} | {METRICS[metric]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _at_best_peaks(at_peaks: dict[float, dict[str, Row]]) -> str:
+    """What the comparison at equal steps would be with each model at the peak where its NLL is lowest."""
+    best = {model: min(at_peaks, key=lambda peak: at_peaks[peak][model]["nll"]) for model in (REFERENCE, DENSE)}
+    configured = next(peak for peak, models in at_peaks.items() if models[REFERENCE]["equal"])
+
+    def difference(peaks: dict[str, float]) -> str:
+        nll = {model: at_peaks[peak][model]["nll"] for model, peak in peaks.items()}
+        return f"{nll[REFERENCE] - nll[DENSE]:+.4f}"
+
+    text = (
+        f"With each at its best peak, {best[REFERENCE]:g} for {REFERENCE} and {best[DENSE]:g} for {DENSE}, the NLL of "
+        f"criss-cross minus that of dense after as many steps is {difference(best)}; at the configuration's "
+        f"{configured:g} it is {difference(dict.fromkeys(best, configured))}. Below zero, criss-cross is better. "
+        "One seed, no interval."
+    )
+    ends = {min(at_peaks), max(at_peaks)}
+    open_ended = [model for model, peak in best.items() if peak in ends]
+    if open_ended:
+        text += f" That of {' and of '.join(open_ended)} is the lowest or highest tried: a better one may lie beyond."
+    return text
+
+
 def _shown(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
@@ -230,11 +289,11 @@ def plan_text(trainings: list[Training], seconds: list[float]) -> str:
     """What would be trained, and how long each of it takes with judging, for all seeds together."""
     totals: dict[tuple[str, str, str, int], list[float]] = {}
     for training, one in zip(trainings, seconds, strict=True):
-        key = training.dataset, training.variant.name, ", ".join(training.equal), training.steps
+        key = training.dataset, training.variant.name, training.purpose, training.steps
         totals.setdefault(key, []).append(one)
-    lines = [f"{'data set':<10} {'model':<32} {'equal':<20} {'steps':>7} {'seeds':>5}  time"]
+    lines = [f"{'data set':<10} {'model':<32} {'purpose':<34} {'steps':>7} {'seeds':>5}  time"]
     lines += [
-        f"{dataset:<10} {model:<32} {equal:<20} {steps:>7,} {len(times):>5}  {duration(sum(times))}"
-        for (dataset, model, equal, steps), times in totals.items()
+        f"{dataset:<10} {model:<32} {purpose:<34} {steps:>7,} {len(times):>5}  {duration(sum(times))}"
+        for (dataset, model, purpose, steps), times in totals.items()
     ]
     return "\n".join([*lines, f"{len(trainings)} trainings, about {duration(sum(seconds))}"])

@@ -18,12 +18,19 @@ def a_row(model: str, equal: tuple[str, ...], seed: int, judged_on: int | None =
         "trained_on": 500 if model == CUT else None,
         "judged_on": judged_on,
         "steps": 10,
+        "learning_rate": 2e-3,
         "flops": 2e12 if model == DENSE else 1e12,
         "seconds": 30.0,
         "targets": "digest",
         **SCORES,
         **scores,
     }
+
+
+def a_row_at(learning_rate: float, model: str, nll: float, correlation: float = 0.4) -> dict[str, Any]:
+    """Of seed 0, trained for the reference's steps at a peak that is not the configuration's."""
+    row = a_row(model, (), 0, nll=nll, correlation_within_gene=correlation)
+    return row | {"learning_rate": learning_rate, "run": f"{row['run']}-{learning_rate}"}
 
 
 def a_result(rows: list[dict[str, Any]]) -> dict[str, Any]:

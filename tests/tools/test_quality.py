@@ -17,14 +17,17 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from cctrain.config import ModelConfig
+from cctrain.config import Config, ModelConfig, TrainingConfig
+from cctrain.run_directory import WEIGHTS
 from tests.data.conftest import gene_ids, random_counts
 from tools import quality
-from tools.quality_plan import BUDGETS, CUT_TO, DENSE, FLOPS, FLOPS_OF_DENSE, REFERENCE, STEPS, variants_of
+from tools.quality_data import peak_learning_rate
+from tools.quality_plan import BUDGETS, CUT_TO, DENSE, FLOPS, FLOPS_OF_DENSE, REFERENCE, STEPS, Training, variants_of
 
 ROOT = Path(__file__).parents[2]
 VARIANTS = variants_of(ModelConfig(width=16, depth=1, heads=2), num_genes=100, longest=700)
 FACTS = {
+    "config": "training: {learning_rate: 2e-3}",
     "steps": 10,
     "draws": 1,
     "held_out_cells": 20,
@@ -101,6 +104,72 @@ def test_results_of_another_store_or_number_of_steps_are_not_mixed(result: dict[
         quality.adopt(result, a_dataset(steps=11), tmp_path / "quality.json")
 
 
+def test_learning_rates_are_tried_for_the_first_seed_and_not_the_configurations_again(result: dict[str, Any]) -> None:
+    datasets, rates = {"pbmc3k": a_dataset()}, [4e-3, 2e-3, 4e-3]
+    without = quality.planned(result, datasets, [1, 0])
+    tried = [one for one in quality.planned(result, datasets, [1, 0], False, rates) if one not in without]
+    assert [(one.seed, one.variant.name, one.learning_rate, one.steps) for one in tried] == [
+        (1, REFERENCE, 4e-3, FACTS["steps"]),
+        (1, DENSE, 4e-3, FACTS["steps"]),
+    ]
+
+
+def test_learning_rates_may_be_added_to_results_that_were_kept_without_them(
+    result: dict[str, Any], trained: list[str], tmp_path: Path
+) -> None:
+    file, datasets = tmp_path / "quality.json", {"pbmc3k": a_dataset()}
+    without = quality.planned(result, datasets, [0])
+    old = [{"run": training.folder, "dataset": "pbmc3k", "nll": 0.5} for training in without]
+    file.write_text(json.dumps(result | {"rows": old}))
+
+    kept = quality.kept(file)
+    quality.adopt(kept, a_dataset(), file)
+    quality.follow(kept, quality.planned(kept, datasets, [0], False, [5e-4]), datasets, file, tmp_path)
+
+    assert [(row["run"], row["learning_rate"]) for row in kept["rows"][: len(old)]] == [
+        (row["run"], 2e-3) for row in old
+    ], "as the configuration says"
+    assert [run.rpartition("/")[2] for run in trained] == [
+        "criss-cross-M-64-steps-10-seed-0-learning-rate-0.0005",
+        "dense-steps-10-seed-0-learning-rate-0.0005",
+    ]
+
+
+def test_a_row_that_says_its_learning_rate_keeps_it(result: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "quality.json"
+    file.write_text(json.dumps(result | {"rows": [{"dataset": "pbmc3k", "learning_rate": 5e-4}]}))
+    assert quality.kept(file)["rows"] == [{"dataset": "pbmc3k", "learning_rate": 5e-4}]
+
+
+def test_a_configuration_that_does_not_say_its_learning_rate_has_the_default() -> None:
+    assert peak_learning_rate({"config": "model: {width: 16}"}) == TrainingConfig().learning_rate
+
+
+@pytest.mark.parametrize(("learning_rate", "said"), [(None, []), (5e-4, ["training.learning_rate=0.0005"])])
+def test_a_training_is_told_its_learning_rate_where_it_is_not_the_configurations(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, learning_rate: float | None, said: list[str]
+) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(quality, "ended", lambda command: commands.append(command) or 0)
+    training = Training("pbmc3k", VARIANTS[0], 10, (), 0, learning_rate)
+    (tmp_path / training.folder / WEIGHTS).parent.mkdir(parents=True)
+    (tmp_path / training.folder / WEIGHTS).touch()
+    dataset = SimpleNamespace(
+        held_out=SimpleNamespace(config=Config()), settings=lambda variant: [], config_file="config.yaml"
+    )
+    quality.train(training, dataset, tmp_path)
+    assert [word for word in commands[0] if "learning_rate" in word] == said
+
+
+def test_a_learning_rate_of_zero_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["quality", "--learning-rates", "1e-3", "0"])
+    with pytest.raises(SystemExit):
+        quality.parsed()
+    assert "--learning-rates takes numbers above 0" in capsys.readouterr().err
+
+
 def test_a_training_saves_what_it_has_when_the_comparison_is_stopped(tmp_path: Path) -> None:
     began, saved = tmp_path / "began", tmp_path / "saved"
     training = f"""
@@ -148,7 +217,8 @@ def test_from_cells_to_tables_with_every_model_trained_as_planned(tmp_path: Path
     config = tmp_path / "tiny.yaml"
     config.write_text("model: {width: 16, depth: 1, heads: 2}\ntraining: {warmup: 2}\ndata: {global_batch: 4}\n")
     words = ["--datasets", "retina", "--seeds", "0", "--steps", "6", "--config", config, "--work", tmp_path / "data"]
-    words += ["--as-long-as-dense", "--runs", tmp_path / "runs", "--out", tmp_path / "out" / "quality"]
+    words += ["--as-long-as-dense", "--learning-rates", "5e-3"]
+    words += ["--runs", tmp_path / "runs", "--out", tmp_path / "out" / "quality"]
 
     def run(*more: str) -> str:
         done = subprocess.run(
@@ -173,8 +243,10 @@ def test_from_cells_to_tables_with_every_model_trained_as_planned(tmp_path: Path
     assert all(0.0 <= row["label_transfer"] <= 1.0 for row in rows)
     cuts = {(row["trained_on"], row["judged_on"]) for row in rows}
     assert cuts == {(None, None), (CUT_TO[0], CUT_TO[0]), (CUT_TO[0], None)}
-    reference, longer = [row for row in rows if row["model"] == REFERENCE]
-    assert (reference["equal"], longer["equal"]) == (list(BUDGETS), [FLOPS_OF_DENSE])
+    reference, longer, other = [row for row in rows if row["model"] == REFERENCE]
+    assert (reference["equal"], longer["equal"], other["equal"]) == (list(BUDGETS), [FLOPS_OF_DENSE], [])
+    assert (reference["learning_rate"], other["learning_rate"]) == (1e-3, 5e-3)
+    assert other["nll"] != reference["nll"]
     for row in rows:
         flops = facts["variants"][row["model"]]["flops_a_step"]
         assert row["flops"] == pytest.approx(row["steps"] * flops, rel=0.1), "as predicted from an epoch"
@@ -188,5 +260,6 @@ def test_from_cells_to_tables_with_every_model_trained_as_planned(tmp_path: Path
 
     before = (tmp_path / "out" / "quality.json").stat().st_mtime_ns, (tmp_path / "out" / "quality.md").read_text()
     assert "| retina" not in before[1]
+    assert "### Learning rate, seed 0" in before[1]
     assert run().endswith(before[1] + "\n")
     assert json.loads((tmp_path / "out" / "quality.json").read_text())["rows"] == rows

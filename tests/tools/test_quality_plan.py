@@ -22,6 +22,8 @@ from tools.quality_plan import (
     STEPS,
     TIME,
     Cost,
+    Training,
+    at_learning_rates,
     plan,
     step_numbers,
     variants_of,
@@ -65,6 +67,20 @@ def test_the_reference_is_trained_once_more_with_the_flops_of_as_many_steps_of_d
     assert abs(longer.steps * costs[REFERENCE].flops - of_dense) <= costs[REFERENCE].flops / 2
     without = list(plan("retina", VARIANTS, costs, STEPS_OF_REFERENCE, [0]))
     assert [training for training in trainings if training != longer] == without
+
+
+def test_learning_rates_are_tried_with_the_reference_and_dense_alone_and_serve_no_budget() -> None:
+    trainings = list(at_learning_rates("retina", VARIANTS, STEPS_OF_REFERENCE, 3, [5e-4, 4e-3]))
+    asked = [(training.learning_rate, training.variant.name) for training in trainings]
+    assert asked == [(5e-4, REFERENCE), (5e-4, DENSE), (4e-3, REFERENCE), (4e-3, DENSE)]
+    assert {(training.steps, training.seed, training.equal) for training in trainings} == {(STEPS_OF_REFERENCE, 3, ())}
+
+
+def test_a_training_at_a_learning_rate_of_its_own_has_a_folder_of_its_own_and_the_others_keep_theirs() -> None:
+    [reference, dense] = at_learning_rates("retina", VARIANTS, 200, 0, [5e-4])
+    assert dense.folder == "retina/dense-steps-200-seed-0-learning-rate-0.0005"
+    assert Training("retina", dense.variant, 200, (STEPS,), 0).folder == "retina/dense-steps-200-seed-0"
+    assert reference.title == f"retina, {REFERENCE}, peak learning rate 0.0005, seed 0"
 
 
 def test_no_other_depth_brings_dense_nearer_to_the_parameters_of_the_reference() -> None:

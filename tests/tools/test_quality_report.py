@@ -1,15 +1,38 @@
 """What the tables of the comparison say: intervals over seeds, and who is better where."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from matplotlib import image
 from scipy import stats
 
-from tests.tools.quality_results import CUT, a_result, a_row, rows_of_three_seeds
+from cctrain.config import ModelConfig
+from tests.tools.quality_results import CUT, a_result, a_row, a_row_at, rows_of_three_seeds
+from tools import quality_figure
 from tools.quality_figure import STYLES, draw, series_of
-from tools.quality_plan import BUDGETS, DENSE, FLOPS, REFERENCE, STEPS, TIME
-from tools.quality_report import against_dense, interval, paired, report_text, verdict, where_worse
+from tools.quality_plan import (
+    BUDGETS,
+    DENSE,
+    FLOPS,
+    FLOPS_OF_DENSE,
+    REFERENCE,
+    STEPS,
+    TIME,
+    at_learning_rates,
+    variants_of,
+)
+from tools.quality_report import (
+    against_dense,
+    by_learning_rate,
+    interval,
+    paired,
+    plan_text,
+    report_text,
+    verdict,
+    where_worse,
+)
 
 VALUES = [0.811, 0.798, 0.834, 0.820]
 
@@ -75,6 +98,101 @@ def test_the_report_shows_absolute_values_and_differences_with_their_intervals()
     assert "| gene mean | | all genes | 0.9000" in report
     assert "no label transfer" in report
     assert "65 min" in report
+
+
+def at_other_learning_rates() -> list[dict[str, Any]]:
+    """At 0.002, the configuration's, NLL is 0.80 for the reference and 0.75 for dense. The reference is best at the
+    highest of all by NLL and at 0.002 by correlation, dense at 0.001 by both."""
+    return [
+        a_row_at(4e-3, REFERENCE, 0.71, 0.39),
+        a_row_at(4e-3, DENSE, 0.90, 0.10),
+        a_row_at(1e-3, REFERENCE, 0.82, 0.38),
+        a_row_at(1e-3, DENSE, 0.74, 0.45),
+        a_row_at(5e-4, REFERENCE, 0.84, 0.37),
+        a_row_at(5e-4, DENSE, 0.76, 0.44),
+    ]
+
+
+def learning_rates_of(report: str) -> str:
+    return report.partition("### Learning rate, seed 0\n\n")[2].partition("\n\n## ")[0]
+
+
+def test_scores_by_learning_rate_are_shown_with_the_best_of_each_model_in_bold() -> None:
+    rows = rows_of_three_seeds() + at_other_learning_rates()
+    table = learning_rates_of(report_text(a_result(rows), "figure.png")).partition("\n\n")[0]
+    assert table.splitlines() == [
+        "| model | score at a peak of | 0.0005 | 0.001 | 0.002 | 0.004 |",
+        "|---|---|---|---|---|---|",
+        f"| {REFERENCE} | NLL per target | 0.8400 | 0.8200 | 0.8000 | **0.7100** |",
+        f"| {REFERENCE} | correlation within a gene | 0.3700 | 0.3800 | **0.4000** | 0.3900 |",
+        "| dense | NLL per target | 0.7600 | **0.7400** | 0.7500 | 0.9000 |",
+        "| dense | correlation within a gene | 0.4400 | **0.4500** | 0.4000 | 0.1000 |",
+    ]
+
+
+def test_a_correlation_that_is_not_known_at_any_learning_rate_is_left_blank() -> None:
+    rows = [row | {"correlation_within_gene": None} for row in rows_of_three_seeds() + at_other_learning_rates()]
+    assert f"| {REFERENCE} | correlation within a gene |  |  |  |  |" in report_text(a_result(rows), "figure.png")
+
+
+@pytest.mark.parametrize(
+    ("of_dense", "said"),
+    [
+        (0.74, "is -0.0300; at the configuration's 0.002 it is +0.0500. Below zero, criss-cross is better. One seed"),
+        (0.70, "is +0.0100; at the configuration's 0.002 it is +0.0500. Below zero, criss-cross is better. One seed"),
+    ],
+)
+def test_the_comparison_with_each_at_its_best_learning_rate_is_told_whoever_wins(of_dense: float, said: str) -> None:
+    others = [*at_other_learning_rates(), a_row_at(1e-3, DENSE, of_dense)]
+    text = learning_rates_of(report_text(a_result(rows_of_three_seeds() + others), "figure.png"))
+    assert f"With each at its best peak, 0.004 for {REFERENCE} and 0.001 for dense, the NLL of" in text
+    assert said in text
+    assert f"That of {REFERENCE} is the lowest or highest tried: a better one may lie beyond." in text
+
+
+def test_a_best_learning_rate_between_others_is_not_said_to_be_the_lowest_or_highest() -> None:
+    others = [a_row_at(peak, model, 0.9) for peak in (1e-3, 4e-3) for model in (REFERENCE, DENSE)]
+    report = report_text(a_result(rows_of_three_seeds() + others), "figure.png")
+    assert "0.002 for dense" in report
+    assert "may lie beyond" not in report
+
+
+def test_a_learning_rate_that_one_model_alone_was_trained_at_is_no_part_of_the_table() -> None:
+    rows = [row for row in rows_of_three_seeds() if row["seed"] == 0]
+    assert by_learning_rate([*rows, a_row_at(4e-3, REFERENCE, 0.7)]) == {}
+    both = [a_row_at(1e-3, REFERENCE, 0.7), a_row_at(1e-3, DENSE, 0.7)]
+    assert list(by_learning_rate([*rows, a_row_at(4e-3, REFERENCE, 0.7), *both])) == [1e-3, 2e-3]
+
+
+def test_more_steps_at_the_configurations_learning_rate_are_no_part_of_the_table() -> None:
+    longer = a_row(REFERENCE, (FLOPS_OF_DENSE,), 0, nll=0.1)
+    rows = [row for row in rows_of_three_seeds() if row["seed"] == 0]
+    found = by_learning_rate([*rows, longer, *at_other_learning_rates()])
+    assert {model: row["nll"] for model, row in found[2e-3].items()} == {REFERENCE: 0.80, DENSE: 0.75}
+
+
+def test_other_learning_rates_change_nothing_else_in_the_report() -> None:
+    rows = rows_of_three_seeds()
+    with_others = at_other_learning_rates() + rows
+    assert against_dense(with_others) == against_dense(rows)
+    without, report = (report_text(a_result(one), "figure.png") for one in (rows, with_others))
+    assert "### Learning rate" not in without
+    shorter = report.replace(f"### Learning rate, seed 0\n\n{learning_rates_of(report)}\n\n", "")
+    assert shorter.replace("21 trainings", "15 trainings") == without
+
+
+def test_other_learning_rates_are_not_in_the_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[dict[str, Any]] = []
+    monkeypatch.setattr(quality_figure, "curve", lambda axes, rows, *how: drawn.extend(rows))
+    draw(a_result(rows_of_three_seeds() + at_other_learning_rates()), tmp_path / "quality.png")
+    assert {row["learning_rate"] for row in drawn} == {2e-3}
+
+
+def test_the_plan_shows_each_learning_rate_in_a_line_of_its_own() -> None:
+    trainings = list(at_learning_rates("retina", variants_of(ModelConfig(), 100, 400), 200, 0, [5e-4, 4e-3]))
+    lines = plan_text(trainings, [60.0] * 4).splitlines()[1:-1]
+    asked = [re.search(r"peak learning rate (\S+) +200 +1 ", line) for line in lines]
+    assert [found and found[1] for found in asked] == ["0.0005", "0.0005", "0.004", "0.004"]
 
 
 def test_models_that_were_judged_on_different_targets_make_no_report() -> None:
