@@ -29,7 +29,7 @@ from tools.peak_memory import watch
 from tools.public_data import whole_cells
 from tools.record import add_out, circumstances, keep
 
-SECONDS, FEWEST_STEPS, MOST_STEPS, STEPS_FOR_MEMORY = 40, 12, 400, 4
+SECONDS, FEWEST_STEPS, MOST_STEPS, STEPS_FOR_MEMORY = 40, 12, 400, 12
 TIME_TOLERANCE, MEMORY_TOLERANCE = 0.30, 0.15
 CONFIG = "configs/cell.yaml"
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}

@@ -67,7 +67,7 @@ def measure_here(config: Config, contexts: Contexts, ranks: int) -> Device:
 
     log.info("measuring the parts of a step with %d rank(s), about 15 s", ranks)
     device = calibrate(config.model, config.training.precision, ranks)
-    small, short = smaller(config, contexts, ranks, device)
+    small, short = smaller(config, replace(contexts, longest=None), ranks, device)
     log.info("rehearsing steps of %s contexts of %s tokens", small.data.global_batch, f"{short.tokens:,.0f}")
     rehearsed, parts = rehearse(small, short, ranks), estimate(small, short, device, ranks)
     return replace(

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -41,8 +41,11 @@ from cctrain.training.train import build_model
 LONGEST_STEP, SECONDS_OF_STEPS, MOST_STEPS, STEPS_FOR_MEMORY = 2.0, 6.0, 40, 2
 SHORTEST, MOST_PARAMETERS = 4096, 50_000_000
 SECONDS_BETWEEN_LOOKS = 0.005
-# glibc's mallopt: give freed memory back at once, so that what is resident is what is used.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, AT_ONCE = -1, -3, 65_536
+# glibc's mallopt: bytes of free memory at the heap's end, and of a block, that are given back. At once, so that what is
+# resident is what is used; and what glibc comes to by itself, when the largest block that it may keep has been freed.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+AT_ONCE = {M_TRIM_THRESHOLD: 2**16, M_MMAP_THRESHOLD: 2**16}
+LATE = {M_TRIM_THRESHOLD: 2**26, M_MMAP_THRESHOLD: 2**25}
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def smaller(config: Config, contexts: Contexts, ranks: int, device: Device) -> t
         if data.global_batch > rows:
             data.global_batch = max(rows, data.global_batch // 2)
         elif contexts.tokens > SHORTEST * config.parallel.context:
-            contexts = Contexts(contexts.tokens / 2, contexts.targets / 2, contexts.genes)
+            contexts = replace(contexts, tokens=contexts.tokens / 2, targets=contexts.targets / 2)
         elif model.depth > 1:
             model.depth //= 2
         else:
@@ -85,6 +88,7 @@ def take_steps(config: Config, contexts: Contexts, mesh: Mesh) -> Rehearsal:
     """What one of the ranks does."""
     import mlflow  # noqa: F401 (which the first rank of a training holds, too)
 
+    give_memory_back(AT_ONCE)  # from the start: in what a heap once kept, later blocks find room
     engine = build_engine(build_model(config, made_up_genes(contexts.genes), mesh), config, mesh)
     step = RankStep(0, config.data.global_batch, made_up_batches(config, contexts, mesh))
 
@@ -97,11 +101,12 @@ def take_steps(config: Config, contexts: Contexts, mesh: Mesh) -> Rehearsal:
         dist.all_reduce(taken, dist.ReduceOp.MAX)
         return float(taken)
 
-    first = min(seconds_of_a_step() for _ in range(2))
-    seconds = median(seconds_of_a_step() for _ in range(max(3, min(MOST_STEPS, int(SECONDS_OF_STEPS / first)))))
     with most_memory(mesh.device) as most:
         for _ in range(STEPS_FOR_MEMORY):
             seconds_of_a_step()
+    give_memory_back(LATE)
+    first = min(seconds_of_a_step() for _ in range(2))
+    seconds = median(seconds_of_a_step() for _ in range(max(3, min(MOST_STEPS, int(SECONDS_OF_STEPS / first)))))
     memory = torch.tensor(most[0], dtype=torch.float64, device=mesh.device)
     dist.all_reduce(memory, dist.ReduceOp.MAX)
     return Rehearsal(seconds, float(memory))
@@ -152,14 +157,13 @@ def made_up_batch(samples: np.ndarray, tokens: int, targets: int, num_genes: int
 
 @contextmanager
 def most_memory(device: torch.device) -> Iterator[list[float]]:
-    """Within it memory that is freed goes back to the system; afterwards the list holds the most bytes there were."""
+    """Afterwards the list holds the most bytes that there were within it."""
     found: list[float] = []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         yield found
         found.append(float(torch.cuda.max_memory_allocated(device)))
         return
-    give_memory_back_at_once()
     seen, ended = [resident("RssAnon")], threading.Event()
 
     def look() -> None:
@@ -176,12 +180,11 @@ def most_memory(device: torch.device) -> Iterator[list[float]]:
     found.append(float(max(seen)))
 
 
-def give_memory_back_at_once() -> None:
+def give_memory_back(thresholds: dict[int, int]) -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # glibc
-        libc.mallopt(M_MMAP_THRESHOLD, AT_ONCE)
-        libc.mallopt(M_TRIM_THRESHOLD, AT_ONCE)
-        libc.malloc_trim(0)
+        for option, value in thresholds.items():
+            libc.mallopt(option, value)
 
 
 if __name__ == "__main__":

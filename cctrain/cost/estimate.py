@@ -177,9 +177,11 @@ def as_text(found: Estimate, token_budget: float | None = None) -> str:
         f"on        {many}" + (f", {work.context_ranks} for each context" if work.context_ranks > 1 else ""),
         f"model     {model_in_words(config.model)}: {needs.parameters:,} parameters",
         f"step      {config.data.global_batch:,} contexts of about {needs.contexts.tokens:,.0f} tokens, "
-        f"{needs.contexts.targets:,.0f} of them targets; {work.micro_batches} micro-batch(es) a rank",
+        f"{needs.contexts.targets:,.0f} of them targets; {work.micro_batches} micro-batch(es) a rank, "
+        f"of up to {work.most.tokens:,.0f} tokens",
         f"memory    {size(found.memory)} a rank: {verdict(found)}",
-        f"          the other {size(found.device.memory - found.usable)} are left to the allocator's fragmentation",
+        f"          the other {size(found.device.memory - found.usable)} are left to the allocator's fragmentation"
+        + (": on a CPU a gigabyte a rank, or more (cctrain/cost/README.md)" if found.device.kind == "cpu" else ""),
         "          state "
         + ", ".join(f"{name} {size(part)}" for name, part in zip(names, state_of, strict=True) if part)
         + f"; in backward {size(kept.backward)}, in the optimizer's step {size(kept.step)}",

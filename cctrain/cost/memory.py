@@ -181,4 +181,4 @@ def rank_memory(config: Config, num_genes: int, work: Work) -> tuple[State, Acti
     model, zero_options = config.model, config.deepspeed.get("zero_optimization", {})
     bucket = zero_options.get("reduce_bucket_size", reduce_bucket(num_parameters(model, num_genes)))
     held = state(model, num_genes, work.zero_stage, work.element_bytes, work.ranks, bucket, work.gathering)
-    return held, activations(model, num_genes, work.load, work.memory, work.tile_tokens, work.element_bytes)
+    return held, activations(model, num_genes, work.most, work.memory, work.tile_tokens, work.element_bytes)

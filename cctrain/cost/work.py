@@ -10,11 +10,13 @@ ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 @dataclass(frozen=True)
 class Contexts:
-    """The contexts of a training, on average: tokens in all, targets among them; the genes of its vocabulary."""
+    """The contexts of a training, on average: tokens in all, targets among them; the genes of its vocabulary. And the
+    tokens of the longest; None: all are alike."""
 
     tokens: float
     targets: float
     genes: int
+    longest: float | None = None
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,10 @@ class Load:
 
 @dataclass(frozen=True)
 class Work:
-    """One step: ranks, C of them for each context, and what a rank does of it in each of its micro-batches."""
+    """One step: ranks, C of them for each context, and what a rank does of it in each of its micro-batches.
+
+    `fullest` is the most that one may hold in any step, which memory follows; None: no more than others.
+    """
 
     ranks: int
     context_ranks: int
@@ -39,24 +44,38 @@ class Work:
     memory: MemoryConfig
     tile_tokens: int
     gathering: Gathering = DEEPSPEEDS_OWN
+    fullest: Load | None = None
+
+    @property
+    def most(self) -> Load:
+        return self.fullest or self.load
 
 
 def work_of(config: Config, contexts: Contexts, ranks: int, tile_tokens: int) -> Work:
     """Of the rank that has most to do. The micro-batch of the configuration must have been resolved."""
-    context_ranks, together = config.parallel.context, config.data.micro_batch_tokens
+    context_ranks, together, longest = config.parallel.context, config.data.micro_batch_tokens, contexts.longest
     assert together is not None
     contexts_in_all = -(-config.data.global_batch * context_ranks // ranks)
     held = contexts.tokens / context_ranks
     micro_batches = -(-contexts_in_all // max(1, int(together // held)))
     contexts_each = contexts_in_all / micro_batches
+    load = Load(contexts_each * held, contexts_each, contexts_each * contexts.targets / context_ranks)
     return Work(
         ranks,
         context_ranks,
         micro_batches,
-        Load(contexts_each * held, contexts_each, contexts_each * contexts.targets / context_ranks),
+        load,
         config.parallel.zero_stage,
         ELEMENT_BYTES[config.training.precision],
         config.memory,
         config.memory.tile_tokens or tile_tokens,
         gathering_of(config),
+        None if longest is None else fullest(load, contexts_in_all, longest / context_ranks, together),
     )
+
+
+def fullest(load: Load, contexts: int, longest: float, micro_batch_tokens: int) -> Load:
+    """Of so many contexts, when they are the longest, as many as a micro-batch takes."""
+    more = max(1.0, min(contexts * longest, micro_batch_tokens) / load.tokens)
+    together = min(contexts, more * load.contexts)
+    return Load(more * load.tokens, together, together * load.targets / load.contexts)

@@ -10,7 +10,7 @@ from cctrain.config import Config
 from cctrain.cost.work import Contexts
 from cctrain.data.hashing import hash64
 from cctrain.data.loading.batches import Batch
-from cctrain.data.loading.contexts import ContextRule, target_probability
+from cctrain.data.loading.contexts import ContextRule, expected_size, target_probability
 from cctrain.data.loading.loader import Loader, Share
 from cctrain.data.loading.order import Order
 from cctrain.data.loading.weights import sample_weights
@@ -59,7 +59,9 @@ def contexts_of_store(loader: Loader) -> Contexts:
     visible = np.minimum(store.num_tokens[: store.num_train], rule.max_tokens)
     cells_each = store.num_train / loader.samples.num_train
     targets = cells_each * float(measured.mean())
-    return Contexts(cells_each * float(visible.mean()) + targets, targets, len(store.genes.ids))
+    tokens = cells_each * float(visible.mean()) + targets
+    of_cells = expected_size(rule, store.num_tokens, store.measured, store.source_of_cell)
+    return Contexts(tokens, targets, len(store.genes.ids), loader.samples.most(of_cells))
 
 
 def look_at_store(config: Config, store: TokenStore) -> tuple[Config, Contexts]:

@@ -106,7 +106,7 @@ def plan(config: Config, mesh: Mesh, store: TokenStore, loader: Loader, rate: fl
         + (f", {mesh.num_context_ranks} for each context" if mesh.num_context_ranks > 1 else ""),
         f"memory: about {peak(held, made, work.micro_batches) / 2**20:,.0f} MiB a rank beside the process itself: "
         f"{held.kept / 2**20:,.0f} for weights and optimizer, {made.total / 2**20:,.0f} for the activations of "
-        f"{work.load.tokens:,.0f} tokens, and what each step needs for a while",
+        f"{work.most.tokens:,.0f} tokens, and what each step needs for a while",
         f"time: {duration(seconds)} at least, at the speed of a plain matrix product here ({rate / 1e9:,.0f} GFLOP/s); "
         f"attention is {100 * cost['cost/attention_share']:.0f} % of the arithmetic",
     ]

@@ -44,7 +44,9 @@ def test_a_store_says_how_long_its_contexts_are(config: Path, tiny_store: TokenS
     assert contexts.genes == len(tiny_store.genes.ids)
     assert contexts.targets == pytest.approx(sum(len(batch.targets) for batch in batches) / drawn, rel=0.05)
     # An expressed gene that becomes a target is counted as both here.
-    assert contexts.tokens == pytest.approx(sum(int(np.diff(b.offsets).sum()) for b in batches) / drawn, rel=0.08)
+    tokens = np.concatenate([np.diff(batch.offsets) for batch in batches])
+    assert contexts.tokens == pytest.approx(tokens.sum() / drawn, rel=0.08)
+    assert contexts.longest == pytest.approx(tokens.max(), rel=0.08)
 
 
 def test_it_answers_in_one_json_object(config: Path, tiny_store: TokenStore):

@@ -65,10 +65,11 @@ def work(
     micro_batch_tokens: int = 4000,
     stage: int = 1,
     precision: str = "fp32",
+    longest: float | None = None,
     **memory: Any,
 ) -> Work:
     """Of one rank in a step over 8 contexts of 1,000 tokens, 50 of them targets."""
     config = Config(model=WORK_MODEL, memory=MemoryConfig(**memory))
     config.data.global_batch, config.data.micro_batch_tokens = 8, micro_batch_tokens
     config.parallel.context, config.parallel.zero_stage, config.training.precision = context_ranks, stage, precision
-    return work_of(config, Contexts(1000, 50, WORK_GENES), ranks, tile_tokens=256)
+    return work_of(config, Contexts(1000, 50, WORK_GENES, longest), ranks, tile_tokens=256)

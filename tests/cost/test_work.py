@@ -2,7 +2,7 @@
 
 import pytest
 
-from cctrain.cost.work import Load
+from cctrain.cost.work import Load, fullest
 from tests.cost.conftest import work
 
 
@@ -23,6 +23,20 @@ def test_ranks_that_share_a_context_hold_a_part_of_its_tokens_and_of_its_targets
 
 def test_where_ranks_have_unequal_numbers_of_contexts_it_is_the_rank_with_most():
     assert work(ranks=3).load.contexts == 3
+
+
+def test_the_fullest_micro_batch_has_the_longest_contexts_that_it_takes():
+    mean = Load(tokens=2000, contexts=2, targets=100)
+    assert fullest(mean, contexts=2, longest=1400, micro_batch_tokens=9000) == Load(2800, 2, 100)
+    assert fullest(mean, contexts=4, longest=1400, micro_batch_tokens=5000) == Load(5000, 4, 200)
+    assert fullest(mean, contexts=4, longest=1400, micro_batch_tokens=3000) == Load(3000, 3, 150)
+    assert fullest(mean, contexts=2, longest=1000, micro_batch_tokens=1500) == mean
+
+
+def test_memory_follows_the_fullest_micro_batch_where_the_longest_context_is_known():
+    alike, unlike = work(micro_batch_tokens=8000), work(micro_batch_tokens=8000, longest=1300)
+    assert (alike.most, unlike.load) == (alike.load, alike.load)
+    assert unlike.most == Load(tokens=5200, contexts=4, targets=200)
 
 
 @pytest.mark.parametrize(("precision", "element_bytes"), [("fp32", 4), ("bf16", 2), ("fp16", 2)])
