@@ -86,7 +86,7 @@ def rehearse(config: Config, contexts: Contexts, ranks: int) -> Rehearsal:
 
 def take_steps(config: Config, contexts: Contexts, mesh: Mesh) -> Rehearsal:
     """What one of the ranks does."""
-    import mlflow  # noqa: F401 (which the first rank of a training holds, too)
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401 (which the first rank of a training holds, too)
 
     give_memory_back(AT_ONCE)  # from the start: in what a heap once kept, later blocks find room
     engine = build_engine(build_model(config, made_up_genes(contexts.genes), mesh), config, mesh)
