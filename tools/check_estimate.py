@@ -7,9 +7,8 @@ of contexts, batch, micro-batch, checkpointing, ZeRO stage, one rank or two, sha
 measured on this machine as `cctrain estimate` does; then it is trained for a few steps on retina with `cctrain train`,
 twice. Of the first training comes the median of the later half of the steps' times (data_seconds taken off). The
 second gives freed memory back at once, so that what a rank holds is what it uses: the most anonymous memory of any
-rank (RssAnon of /proc, ten times a second). That of the first training, where the C library keeps what it may need
-again, is told beside it. The exit code is 1 unless every step time is within 30 % of the measured one, and every
-memory within 15 %.
+rank (RssAnon of /proc, ten times a second). That of the first training, whose heap stays in pieces, is told beside it.
+The exit code is 1 unless every step time is within 30 % of the measured one, and every memory within 15 %.
 """
 
 import argparse
