@@ -23,6 +23,10 @@ import torch.distributed as dist
 from cctrain.errors import UsageError
 from cctrain.parallel.waiting import counted_waiting
 
+# PyTorch and oneDNN keep what they made for each of up to 1,024 shapes. Contexts have ever other lengths, so most of it
+# is never used again, and the heap stays in pieces around it: gigabytes. A step's own shapes are fewer than 64.
+CACHES_OF_SHAPES, SHAPES_KEPT = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"), "64"
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -62,6 +66,8 @@ def join_mesh(timeout_seconds: float = 1800.0, num_context_ranks: int = 1) -> It
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device_kind == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
+        for cache in CACHES_OF_SHAPES:  # read when the first operation runs
+            os.environ.setdefault(cache, SHAPES_KEPT)
     # DeepSpeed's compiled operations are cached for all environments of a user together, where a build of one
     # breaks the other; keep this environment's to itself.
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))

@@ -44,6 +44,16 @@ with join_mesh() as mesh:
     }))
 """
 
+EVER_OTHER_SHAPES = """
+import torch
+from cctrain.parallel.mesh import join_mesh
+
+with join_mesh():
+    for _ in range(2):
+        for length in range(100, 200):
+            torch.nn.functional.gelu(torch.ones(length))
+"""
+
 
 @pytest.fixture(scope="module")
 def together() -> list[dict]:
@@ -124,6 +134,16 @@ def test_a_process_alone_is_its_own_mesh_and_leaves_no_trace(monkeypatch):
             assert sum_over_ranks([0.1], alone.device) == [0.1]
         assert "RANK" not in os.environ
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")
+@pytest.mark.parametrize(("chosen", "made"), [({}, 200), (dict.fromkeys(mesh.CACHES_OF_SHAPES, "100"), 100)])
+def test_what_operations_keep_for_shapes_long_gone_is_let_go_unless_the_environment_says_otherwise(chosen, made):
+    """Of 100 shapes, gone through twice, 64 are kept at most, so that the second time finds none of them."""
+    environment = {name: value for name, value in os.environ.items() if name not in mesh.CACHES_OF_SHAPES} | chosen
+    environment |= {"ONEDNN_VERBOSE": "profile_create", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path.cwd())}
+    said = subprocess.run([sys.executable, "-c", EVER_OTHER_SHAPES], env=environment, capture_output=True, text=True)
+    assert said.stdout.count("create:cache_miss") == made, said.stdout + said.stderr
 
 
 @pytest.mark.skipif(torch.version.cuda is not None or torch.version.hip is not None, reason="torch is built for GPUs")
