@@ -1,15 +1,15 @@
 """Quality against cost: criss-cross beside dense attention at equal parameters, equal FLOPs and equal time.
 
-    tools/quality.sh [--datasets retina pbmc3k] [--seeds 0 1 2] [--steps S ...] [--as-long-as-dense]
-                     [--learning-rates R ...] [--dry-run] [--out PATH]
+    tools/quality.sh [--datasets retina pbmc3k] [--seeds 0 1 2] [--steps S ...] [--learning-rates R ...]
+                     [--dry-run] [--out PATH]
 
 tools/quality_plan.py says what is trained and for how many steps, which follows from what steps cost; that is measured
 first (tools/quality_cost.py). `cctrain train` trains, tools/quality_judge.py judges. Writes OUT.json with a row for
 each model and way of judging it, OUT.md with the tables, and OUT.png.
 
 It may be stopped at any time: the same command goes on, in the middle of a training too. What has a row is not made
-again, so once all is there it only writes the tables. Data sets, seeds, --as-long-as-dense and --learning-rates may be
-added later; other steps, another configuration or another store need another --out.
+again, so once all is there it only writes the tables. Data sets, seeds and --learning-rates may be added later; other
+steps, another configuration or another store need another --out.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from tools.quality_plan import Cost, Training, at_learning_rates, plan, predicte
 from tools.quality_report import plan_text, report_text
 from tools.record import circumstances, keep
 
+STEPS_OF_REFERENCE = {"pbmc3k": 100, "retina": 200}
 SECONDS_AROUND = 12.0  # what a training and its judging take beside steps and forwards, on two idle cores
 
 
@@ -40,17 +41,18 @@ def main() -> None:
     arguments = parsed()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the training ends with whoever waits for it
     table, figure, file = (arguments.out.with_name(f"{arguments.out.name}.{end}") for end in ("md", "png", "json"))
-    steps = arguments.steps * (len(arguments.datasets) if len(arguments.steps) == 1 else 1)
     datasets = {
         name: open_dataset(name, number, arguments.work, arguments.config)
-        for name, number in zip(arguments.datasets, steps, strict=True)
+        for name, number in zip(arguments.datasets, arguments.steps, strict=True)
     }
     result = kept(file) if file.is_file() else begun()
     for dataset in datasets.values():
         adopt(result, dataset, file)
-    trainings = planned(result, datasets, arguments.seeds, arguments.as_long_as_dense, arguments.learning_rates)
+    trainings = planned(result, datasets, arguments.seeds, arguments.learning_rates)
     if arguments.dry_run:
-        print(plan_text(trainings, [predicted(result, training) for training in trainings]))
+        left = without_rows(result, trainings)
+        print(plan_text(left, [predicted(result, training) for training in left]))
+        print(f"{len(trainings) - len(left)} of {len(trainings)} trainings are there already")
         return
     keep(result, file)
     follow(result, trainings, datasets, file, arguments.runs)
@@ -63,17 +65,13 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--datasets", nargs="+", default=list(DATASETS), choices=list(DATASETS), metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    defaults = ", ".join(f"{steps} on {name}" for name, steps in STEPS_OF_REFERENCE.items())
     parser.add_argument(
-        "--steps", nargs="+", type=int, default=[200], help="of the reference; one number, or by data set"
+        "--steps", nargs="+", type=int, metavar="S", help=f"of the reference; one number, or by data set ({defaults})"
     )
     parser.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"), help="shape and schedule")
     parser.add_argument("--work", type=Path, default=Path("data"), help="folder of data sets and stores")
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder of the trainings")
-    parser.add_argument(
-        "--as-long-as-dense",
-        action="store_true",
-        help="train the reference once more, for as many FLOPs as dense takes for S steps, which takes as long",
-    )
     parser.add_argument(
         "--learning-rates",
         nargs="+",
@@ -82,10 +80,16 @@ def parsed() -> argparse.Namespace:
         metavar="R",
         help="train the reference and dense for S steps at these peaks too, of the first of --seeds",
     )
-    parser.add_argument("--dry-run", action="store_true", help="measure steps, print the plan and how long it takes")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="measure steps, print what is to be trained and how long it takes"
+    )
     parser.add_argument("--out", type=Path, default=Path("tools/results/quality"), help="a path without ending")
     arguments = parser.parse_args()
-    if len(arguments.steps) not in (1, len(arguments.datasets)) or min(arguments.steps) < 1:
+    if arguments.steps is None:
+        arguments.steps = [STEPS_OF_REFERENCE[name] for name in arguments.datasets]
+    elif len(arguments.steps) == 1:
+        arguments.steps *= len(arguments.datasets)
+    if len(arguments.steps) != len(arguments.datasets) or min(arguments.steps) < 1:
         parser.error("--steps takes one number, or one for each of --datasets, and none below 1")
     if min(arguments.learning_rates, default=1.0) <= 0.0:
         parser.error("--learning-rates takes numbers above 0")
@@ -139,7 +143,6 @@ def planned(
     result: dict[str, Any],
     datasets: dict[str, Dataset],
     seeds: list[int],
-    as_long_as_dense: bool = False,
     learning_rates: Sequence[float] = (),
 ) -> list[Training]:
     """Seed by seed, so that what there is after some time is complete for some seeds."""
@@ -148,7 +151,7 @@ def planned(
         for dataset in datasets.values():
             known = result["datasets"][dataset.name]
             steps, cost = known["facts"]["steps"], costs(known["facts"], known["seconds_a_step"])
-            trainings += plan(dataset.name, dataset.variants, cost, steps, [seed], as_long_as_dense)
+            trainings += plan(dataset.name, dataset.variants, cost, steps, [seed])
             if seed == seeds[0]:
                 others = [peak for peak in dict.fromkeys(learning_rates) if peak != peak_learning_rate(known["facts"])]
                 trainings += at_learning_rates(dataset.name, dataset.variants, steps, seed, others)
@@ -164,12 +167,16 @@ def predicted(result: dict[str, Any], training: Training) -> float:
     return predicted_seconds(training, cost_of(result, training), SECONDS_AROUND)
 
 
+def without_rows(result: dict[str, Any], trainings: list[Training]) -> list[Training]:
+    done = {row["run"] for row in result["rows"]}
+    return [training for training in trainings if training.folder not in done]
+
+
 def follow(
     result: dict[str, Any], trainings: list[Training], datasets: dict[str, Dataset], file: Path, runs: Path
 ) -> None:
     """Train and judge whatever has no row yet. Time to go is as predicted, times how far predictions were off."""
-    done = {row["run"] for row in result["rows"]}
-    left = [training for training in trainings if training.folder not in done]
+    left = without_rows(result, trainings)
     expected = {training: predicted(result, training) for training in left}
     took, foreseen, to_go = 0.0, 0.0, sum(expected.values())
     for training in left:

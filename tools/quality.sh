@@ -4,14 +4,15 @@ set -euo pipefail
 
 usage() {
   cat <<'TEXT'
-Usage: tools/quality.sh [--datasets retina pbmc3k] [--seeds 0 1 2] [--steps S ...] [--as-long-as-dense]
-                        [--learning-rates R ...] [--dry-run] [--out PATH] ...
+Usage: tools/quality.sh [--datasets retina pbmc3k] [--seeds 0 1 2] [--steps S ...] [--learning-rates R ...]
+                        [--dry-run] [--out PATH] ...
 
 Trains criss-cross models (16, 64 and 256 latents) and a dense one of as many parameters for equal numbers of
 steps, equal FLOPs and equal time, and criss-cross on contexts cut to 500, 1,000 and 2,000 tokens; judges all on
 the same hidden counts of held-out cells; writes PATH.json, PATH.md and PATH.png (default: tools/results/quality).
 With --learning-rates, also criss-cross (64 latents) and dense at these peaks, of the first seed.
-Takes hours on two CPU cores; --dry-run says how many. A second call goes on where the first one ended.
+Takes hours on two CPU cores; --dry-run says how many. It goes on from what PATH.json holds: without arguments, from
+the result in the repository.
 
   --help-all  every option
 TEXT

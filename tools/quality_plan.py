@@ -9,7 +9,7 @@ times, for as many steps as make it equal to the reference in
 
 Warm-up and decay of the learning rate follow the number of steps. Where two of these numbers are nearly the same, one
 training serves both. The reference's shape is also trained for S steps on contexts that are cut. On long contexts equal
-cost leaves dense very few steps; so the reference may be trained once more, for as many FLOPs as dense takes for S.
+cost leaves dense very few steps; so the reference is trained once more, for as many FLOPs as dense takes for S.
 
 The peak of the learning rate is the configuration's, which need not suit both. So the reference and dense may also be
 trained for S steps at other peaks, of one seed, to see which peak is best for each.
@@ -116,15 +116,10 @@ def variants_of(base: ModelConfig, num_genes: int, longest: int) -> list[Variant
 
 
 def plan(
-    dataset: str,
-    variants: Iterable[Variant],
-    costs: dict[str, Cost],
-    steps: int,
-    seeds: Iterable[int],
-    as_long_as_dense: bool = False,
+    dataset: str, variants: Iterable[Variant], costs: dict[str, Cost], steps: int, seeds: Iterable[int]
 ) -> Iterator[Training]:
     """All trainings of a data set; `costs` by the variant's name."""
-    numbers = [(variant, step_numbers(variant, costs, steps, as_long_as_dense)) for variant in variants]
+    numbers = [(variant, step_numbers(variant, costs, steps)) for variant in variants]
     for seed in seeds:
         for variant, by_number in numbers:
             for number, equal in by_number:
@@ -141,9 +136,7 @@ def at_learning_rates(
             yield Training(dataset, variant, steps, (), seed, peak)
 
 
-def step_numbers(
-    variant: Variant, costs: dict[str, Cost], steps: int, as_long_as_dense: bool = False
-) -> list[tuple[int, tuple[str, ...]]]:
+def step_numbers(variant: Variant, costs: dict[str, Cost], steps: int) -> list[tuple[int, tuple[str, ...]]]:
     """How many steps this variant is trained for, and which budgets each number serves."""
     if variant.max_tokens is not None:
         return [(steps, (STEPS,))]
@@ -153,7 +146,7 @@ def step_numbers(
         FLOPS: max(1, round(steps * reference.flops / own.flops)),
         TIME: max(1, round(steps * reference.seconds / own.seconds)),
     }
-    if variant.name == DENSE or (variant.name == REFERENCE and as_long_as_dense):
+    if variant.name in (REFERENCE, DENSE):
         numbers[FLOPS_OF_DENSE] = max(1, round(steps * costs[DENSE].flops / own.flops))
     return without_near_repeats(numbers)
 

@@ -107,7 +107,7 @@ def test_results_of_another_store_or_number_of_steps_are_not_mixed(result: dict[
 def test_learning_rates_are_tried_for_the_first_seed_and_not_the_configurations_again(result: dict[str, Any]) -> None:
     datasets, rates = {"pbmc3k": a_dataset()}, [4e-3, 2e-3, 4e-3]
     without = quality.planned(result, datasets, [1, 0])
-    tried = [one for one in quality.planned(result, datasets, [1, 0], False, rates) if one not in without]
+    tried = [one for one in quality.planned(result, datasets, [1, 0], rates) if one not in without]
     assert [(one.seed, one.variant.name, one.learning_rate, one.steps) for one in tried] == [
         (1, REFERENCE, 4e-3, FACTS["steps"]),
         (1, DENSE, 4e-3, FACTS["steps"]),
@@ -124,7 +124,7 @@ def test_learning_rates_may_be_added_to_results_that_were_kept_without_them(
 
     kept = quality.kept(file)
     quality.adopt(kept, a_dataset(), file)
-    quality.follow(kept, quality.planned(kept, datasets, [0], False, [5e-4]), datasets, file, tmp_path)
+    quality.follow(kept, quality.planned(kept, datasets, [0], [5e-4]), datasets, file, tmp_path)
 
     assert [(row["run"], row["learning_rate"]) for row in kept["rows"][: len(old)]] == [
         (row["run"], 2e-3) for row in old
@@ -159,6 +159,31 @@ def test_a_training_is_told_its_learning_rate_where_it_is_not_the_configurations
     )
     quality.train(training, dataset, tmp_path)
     assert [word for word in commands[0] if "learning_rate" in word] == said
+
+
+@pytest.mark.parametrize(
+    ("words", "steps"),
+    [
+        ([], [100, 200]),
+        (["--datasets", "retina"], [200]),
+        (["--steps", "300"], [300, 300]),
+        (["--datasets", "retina", "pbmc3k", "--steps", "300", "50"], [300, 50]),
+    ],
+)
+def test_every_data_set_has_steps_of_its_own_unless_others_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: list[str], steps: list[int]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["quality", *words, "--out", str(tmp_path / "quality")])
+    assert quality.parsed().steps == steps
+
+
+def test_without_arguments_it_goes_on_from_the_result_in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["quality"])
+    arguments = quality.parsed()
+    committed = json.loads((ROOT / arguments.out.with_suffix(".json")).read_text())["datasets"]
+    asked = dict(zip(arguments.datasets, arguments.steps, strict=True))
+    assert asked == {name: known["facts"]["steps"] for name, known in committed.items()}
+    assert {known["facts"]["config"] for known in committed.values()} == {(ROOT / arguments.config).read_text()}
 
 
 def test_a_learning_rate_of_zero_is_refused(
@@ -217,7 +242,7 @@ def test_from_cells_to_tables_with_every_model_trained_as_planned(tmp_path: Path
     config = tmp_path / "tiny.yaml"
     config.write_text("model: {width: 16, depth: 1, heads: 2}\ntraining: {warmup: 2}\ndata: {global_batch: 4}\n")
     words = ["--datasets", "retina", "--seeds", "0", "--steps", "6", "--config", config, "--work", tmp_path / "data"]
-    words += ["--as-long-as-dense", "--learning-rates", "5e-3"]
+    words += ["--learning-rates", "5e-3"]
     words += ["--runs", tmp_path / "runs", "--out", tmp_path / "out" / "quality"]
 
     def run(*more: str) -> str:
