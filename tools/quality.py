@@ -26,10 +26,18 @@ from cctrain.data.fetch import DATASETS
 from cctrain.run_directory import WEIGHTS
 from cctrain.tracking.journal import history, read_journal
 from cctrain.words import duration
-from tools.quality_data import Dataset, costs, measured_seconds, open_dataset, peak_learning_rate
+from tools.quality_data import Dataset, costs, measured_seconds, open_dataset, peak_learning_rate, variants_in
 from tools.quality_figure import draw
 from tools.quality_judge import baselines, judge
-from tools.quality_plan import Cost, Training, at_learning_rates, plan, predicted_seconds, warmup_steps
+from tools.quality_plan import (
+    Cost,
+    Training,
+    at_learning_rates,
+    budgets_of,
+    plan,
+    predicted_seconds,
+    warmup_steps,
+)
 from tools.quality_report import plan_text, report_text
 from tools.record import circumstances, keep
 
@@ -110,10 +118,15 @@ def begun() -> dict[str, Any]:
 
 def kept(file: Path) -> dict[str, Any]:
     """What there is already. Rows that do not say their learning rate are older than --learning-rates: their
-    configuration's."""
+    configuration's. Which budgets a row serves is what the plan says now: rows may be older than a budget."""
     result = json.loads(file.read_text())
-    for row in result["rows"]:
-        row.setdefault("learning_rate", peak_learning_rate(result["datasets"][row["dataset"]]["facts"]))
+    for name, known in result["datasets"].items():
+        facts, cost = known["facts"], costs(known["facts"], known["seconds_a_step"])
+        peak, variants = peak_learning_rate(facts), {variant.name: variant for variant in variants_in(facts)}
+        for row in (row for row in result["rows"] if row["dataset"] == name):
+            row.setdefault("learning_rate", peak)
+            if row["learning_rate"] == peak:
+                row["equal"] = list(budgets_of(variants[row["model"]], cost, facts["steps"], row["steps"]))
     return result
 
 

@@ -8,8 +8,9 @@ Usage: tools/quality.sh [--datasets retina pbmc3k] [--seeds 0 1 2] [--steps S ..
                         [--dry-run] [--out PATH] ...
 
 Trains criss-cross models (16, 64 and 256 latents) and a dense one of as many parameters for equal numbers of
-steps, equal FLOPs and equal time, and criss-cross on contexts cut to 500, 1,000 and 2,000 tokens; judges all on
-the same hidden counts of held-out cells; writes PATH.json, PATH.md and PATH.png (default: tools/results/quality).
+steps, equal FLOPs and equal time, short and long, and criss-cross on contexts cut to 500, 1,000 and 2,000 tokens;
+judges all on the same hidden counts of held-out cells; writes PATH.json, PATH.md and PATH.png (default:
+tools/results/quality).
 With --learning-rates, also criss-cross (64 latents) and dense at these peaks, of the first seed.
 Takes hours on two CPU cores; --dry-run says how many. It goes on from what PATH.json holds: without arguments, from
 the result in the repository.

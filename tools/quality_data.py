@@ -1,6 +1,6 @@
 """The data sets of the comparison: fetched, prepared, opened, and what is known of each before anything is trained."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,11 @@ def open_dataset(name: str, steps: int, work: Path, config_file: Path) -> Datase
         },
     }
     return Dataset(name, held_out, config_file, variants, facts)
+
+
+def variants_in(facts: dict[str, Any]) -> list[Variant]:
+    names = [field.name for field in fields(Variant)]
+    return [Variant(**{name: variant[name] for name in names}) for variant in facts["variants"].values()]
 
 
 def peak_learning_rate(facts: dict[str, Any]) -> float:

@@ -1,15 +1,21 @@
 """What is trained to compare quality against cost, as plain data: which models, for how many steps, in which order.
 
-The reference, criss-cross attention through 64 latents, is trained for S steps. Every other model is trained three
-times, for as many steps as make it equal to the reference in
+The reference, criss-cross attention through 64 latents, is trained for S steps. Every other model is trained for as
+many steps as make it equal to the reference in
 
-    steps   S: the same contexts in the same order. All models have about as many parameters, dense by its depth
-    FLOPs   S · (FLOPs of the reference's step) / (FLOPs of its own), by the closed form, on the store's own contexts
-    time    S · (seconds of the reference's step) / (seconds of its own), as measured on this machine
+    steps            S: the same contexts in the same order. All have about as many parameters, dense by its depth
+    FLOPs            S · (FLOPs of the reference's step) / (FLOPs of its own), by the closed form, on the store's cells
+    time             S · (seconds of the reference's step) / (seconds of its own), as measured on this machine
+
+On long contexts the last two leave dense so few steps that it hardly learns. So criss-cross is also trained for what
+dense takes for S steps, which makes all of these equal to dense in
+
+    FLOPs of dense   S · (FLOPs of dense's step) / (FLOPs of its own)
+    time of dense    S · (seconds of dense's step) / (seconds of its own). The reference alone: it takes 11 minutes a
+                     seed on retina, and what other numbers of latents change is told by the FLOPs of dense
 
 Warm-up and decay of the learning rate follow the number of steps. Where two of these numbers are nearly the same, one
-training serves both. The reference's shape is also trained for S steps on contexts that are cut. On long contexts equal
-cost leaves dense very few steps; so the reference is trained once more, for as many FLOPs as dense takes for S.
+training serves both. The reference's shape is also trained for S steps on contexts that are cut.
 
 The peak of the learning rate is the configuration's, which need not suit both. So the reference and dense may also be
 trained for S steps at other peaks, of one seed, to see which peak is best for each.
@@ -26,8 +32,13 @@ from cctrain.config import ModelConfig, TrainingConfig
 
 REFERENCE_LATENTS, OTHER_LATENTS = 64, (16, 256)
 CUT_TO = (500, 1000, 2000)
-STEPS, FLOPS, TIME = BUDGETS = ("steps", "FLOPs", "time")
-FLOPS_OF_DENSE = "FLOPs of dense"  # what dense takes for S steps
+STEPS, FLOPS, TIME, FLOPS_OF_DENSE, TIME_OF_DENSE = BUDGETS = (
+    "steps",
+    "FLOPs",
+    "time",
+    "FLOPs of dense",
+    "time of dense",
+)
 NEARLY_THE_SAME = 0.02
 
 
@@ -140,15 +151,21 @@ def step_numbers(variant: Variant, costs: dict[str, Cost], steps: int) -> list[t
     """How many steps this variant is trained for, and which budgets each number serves."""
     if variant.max_tokens is not None:
         return [(steps, (STEPS,))]
-    own, reference = costs[variant.name], costs[REFERENCE]
-    numbers = {
+    own, reference, dense = costs[variant.name], costs[REFERENCE], costs[DENSE]
+    exact = {
         STEPS: steps,
-        FLOPS: max(1, round(steps * reference.flops / own.flops)),
-        TIME: max(1, round(steps * reference.seconds / own.seconds)),
+        FLOPS: steps * reference.flops / own.flops,
+        TIME: steps * reference.seconds / own.seconds,
+        FLOPS_OF_DENSE: steps * dense.flops / own.flops,
     }
     if variant.name in (REFERENCE, DENSE):
-        numbers[FLOPS_OF_DENSE] = max(1, round(steps * costs[DENSE].flops / own.flops))
-    return without_near_repeats(numbers)
+        exact[TIME_OF_DENSE] = steps * dense.seconds / own.seconds
+    return without_near_repeats({budget: max(1, round(number)) for budget, number in exact.items()})
+
+
+def budgets_of(variant: Variant, costs: dict[str, Cost], steps: int, trained_for: int) -> tuple[str, ...]:
+    """Those that a training of so many steps serves."""
+    return dict(step_numbers(variant, costs, steps)).get(trained_for, ())
 
 
 def without_near_repeats(numbers: dict[str, int]) -> list[tuple[int, tuple[str, ...]]]:

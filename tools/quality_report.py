@@ -11,7 +11,7 @@ from typing import Any
 from scipy.stats import t as student
 
 from cctrain.words import duration
-from tools.quality_plan import BUDGETS, DENSE, FLOPS_OF_DENSE, REFERENCE, STEPS, Training
+from tools.quality_plan import BUDGETS, DENSE, REFERENCE, STEPS, Training
 
 Row = dict[str, Any]
 LOSSES = ("nll",)
@@ -73,7 +73,7 @@ def against_dense(rows: list[Row]) -> list[dict[str, Any]]:
     """Each criss-cross model that was trained on whole cells, minus dense, in each budget and metric, of a data set."""
     whole = {key: group for key, group in groups_of(rows).items() if group[0]["trained_on"] is None}
     found = []
-    for budget in (*BUDGETS, FLOPS_OF_DENSE):
+    for budget in BUDGETS:
         in_budget = {model: group for (model, equal, _), group in whole.items() if budget in equal}
         dense = in_budget.pop(DENSE, [])
         for model, group in in_budget.items():
@@ -116,12 +116,13 @@ def report_text(result: dict[str, Any], figure: str) -> str:
 HOW = f"""\
 The reference is {REFERENCE}. *Equal* says in what a model's training equals the reference's: **steps**, the same
 contexts in the same order with about as many parameters; **FLOPs**, by the closed form on the contexts of the store;
-**time**, by step times that were measured before, the models taking turns. **FLOPs of dense** are those that dense
-takes for the reference's number of steps. Seconds are of the training steps, as long as they took while the models took
-turns. Warm-up and decay of the learning rate follow the number of steps; its peak is the configuration's, which is that
-of two layers: those of a deeper model learn at 1/√(depth / 2) of it and slower. **Learning rate**, where it was asked
-for, holds the reference and dense after the reference's number of steps at other peaks too, of one seed; these
-trainings are in no other table. Which peak is best is told by the same held-out cells that judge, for both alike.
+**time**, by step times that were measured before, the models taking turns. **FLOPs of dense** and **time of dense** are
+those that dense takes for the reference's number of steps. Seconds are of the training steps, as long as they took
+while the models took turns. Warm-up and decay of the learning rate follow the number of steps; its peak is the
+configuration's, which is that of two layers: those of a deeper model learn at 1/√(depth / 2) of it and slower.
+**Learning rate**, where it was asked for, holds the reference and dense after the reference's number of steps at other
+peaks too, of one seed; these trainings are in no other table. Which peak is best is told by the same held-out cells
+that judge, for both alike.
 
 All models of a data set are judged on the same hidden counts, drawn by gene alone, at the same size factors, which come
 from the counts that are not hidden. NLL is in nats, averaged within a cell, then over cells. Correlation is of log1p

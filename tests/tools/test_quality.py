@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +22,20 @@ from cctrain.config import Config, ModelConfig, TrainingConfig
 from cctrain.run_directory import WEIGHTS
 from tests.data.conftest import gene_ids, random_counts
 from tools import quality
-from tools.quality_data import peak_learning_rate
-from tools.quality_plan import BUDGETS, CUT_TO, DENSE, FLOPS, FLOPS_OF_DENSE, REFERENCE, STEPS, Training, variants_of
+from tools.quality_data import peak_learning_rate, variants_in
+from tools.quality_plan import (
+    BUDGETS,
+    CUT_TO,
+    DENSE,
+    FLOPS,
+    FLOPS_OF_DENSE,
+    REFERENCE,
+    STEPS,
+    TIME,
+    TIME_OF_DENSE,
+    Training,
+    variants_of,
+)
 
 ROOT = Path(__file__).parents[2]
 VARIANTS = variants_of(ModelConfig(width=16, depth=1, heads=2), num_genes=100, longest=700)
@@ -35,8 +48,7 @@ FACTS = {
     "steps_an_epoch": 10,
     "labels": None,
     "variants": {
-        variant.name: {"flops_a_step": 1e9 * (1 + place), "max_tokens": variant.max_tokens}
-        for place, variant in enumerate(VARIANTS)
+        variant.name: asdict(variant) | {"flops_a_step": 1e9 * (1 + place)} for place, variant in enumerate(VARIANTS)
     },
 }
 
@@ -50,6 +62,11 @@ def result() -> dict[str, Any]:
     seconds = {name: 0.1 * (1 + place) for place, name in enumerate(FACTS["variants"])}
     known = {"facts": json.loads(json.dumps(FACTS)), "seconds_a_step": seconds, "baselines": {}}
     return quality.begun() | {"datasets": {"pbmc3k": known}}
+
+
+def a_row_of(training: Training) -> dict[str, Any]:
+    model = training.variant.name
+    return {"run": training.folder, "dataset": training.dataset, "model": model, "steps": training.steps}
 
 
 @pytest.fixture
@@ -119,7 +136,7 @@ def test_learning_rates_may_be_added_to_results_that_were_kept_without_them(
 ) -> None:
     file, datasets = tmp_path / "quality.json", {"pbmc3k": a_dataset()}
     without = quality.planned(result, datasets, [0])
-    old = [{"run": training.folder, "dataset": "pbmc3k", "nll": 0.5} for training in without]
+    old = [a_row_of(training) for training in without]
     file.write_text(json.dumps(result | {"rows": old}))
 
     kept = quality.kept(file)
@@ -133,6 +150,26 @@ def test_learning_rates_may_be_added_to_results_that_were_kept_without_them(
         "criss-cross-M-64-steps-10-seed-0-learning-rate-0.0005",
         "dense-steps-10-seed-0-learning-rate-0.0005",
     ]
+
+
+def test_rows_that_are_older_than_a_budget_serve_it_too(result: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "quality.json"
+    planned = quality.planned(result, {"pbmc3k": a_dataset()}, [0])
+    file.write_text(json.dumps(result | {"rows": [a_row_of(one) | {"equal": ["steps"]} for one in planned]}))
+    kept = quality.kept(file)
+    assert [row["equal"] for row in kept["rows"]] == [list(training.equal) for training in planned]
+    assert not quality.without_rows(kept, planned)
+
+
+def test_every_row_of_the_committed_result_is_in_the_plan_of_its_seed() -> None:
+    kept = quality.kept(ROOT / "tools" / "results" / "quality.json")
+    datasets = {
+        name: SimpleNamespace(name=name, variants=variants_in(known["facts"]))
+        for name, known in kept["datasets"].items()
+    }
+    planned = quality.planned(kept, datasets, [0, 1, 2])
+    assert {row["run"] for row in kept["rows"]} <= {training.folder for training in planned}
+    assert all(row["equal"] for row in kept["rows"])
 
 
 def test_a_row_that_says_its_learning_rate_keeps_it(result: dict[str, Any], tmp_path: Path) -> None:
@@ -268,8 +305,10 @@ def test_from_cells_to_tables_with_every_model_trained_as_planned(tmp_path: Path
     assert all(0.0 <= row["label_transfer"] <= 1.0 for row in rows)
     cuts = {(row["trained_on"], row["judged_on"]) for row in rows}
     assert cuts == {(None, None), (CUT_TO[0], CUT_TO[0]), (CUT_TO[0], None)}
-    reference, longer, other = [row for row in rows if row["model"] == REFERENCE]
-    assert (reference["equal"], longer["equal"], other["equal"]) == (list(BUDGETS), [FLOPS_OF_DENSE], [])
+    reference, *longer, other = [row for row in rows if row["model"] == REFERENCE]
+    assert reference["equal"] == [STEPS, FLOPS, TIME]
+    assert {budget for row in longer for budget in row["equal"]} == {FLOPS_OF_DENSE, TIME_OF_DENSE}
+    assert other["equal"] == []
     assert (reference["learning_rate"], other["learning_rate"]) == (1e-3, 5e-3)
     assert other["nll"] != reference["nll"]
     for row in rows:
@@ -280,7 +319,7 @@ def test_from_cells_to_tables_with_every_model_trained_as_planned(tmp_path: Path
         if STEPS in row["equal"]:
             assert row["steps"] == 6
     dense = {budget for row in rows if row["model"] == DENSE for budget in row["equal"]}
-    assert dense == {*BUDGETS, FLOPS_OF_DENSE}
+    assert dense == set(BUDGETS)
     assert (tmp_path / "out" / "quality.png").is_file()
 
     before = (tmp_path / "out" / "quality.json").stat().st_mtime_ns, (tmp_path / "out" / "quality.md").read_text()

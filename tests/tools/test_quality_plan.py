@@ -14,16 +14,18 @@ from cctrain.data.store.store import TokenStore
 from cctrain.training.data import training_order, training_rule
 from tools.quality_cost import Epoch, epoch_of, flops_of_a_step
 from tools.quality_plan import (
-    BUDGETS,
     DENSE,
     FLOPS,
     FLOPS_OF_DENSE,
     REFERENCE,
     STEPS,
     TIME,
+    TIME_OF_DENSE,
     Cost,
     Training,
     at_learning_rates,
+    budgets_of,
+    criss_cross,
     plan,
     step_numbers,
     variants_of,
@@ -59,12 +61,30 @@ def test_equal_flops_and_equal_time_are_equal_within_half_a_step(costs: dict[str
     assert abs(numbers[TIME] * own.seconds - STEPS_OF_REFERENCE * reference.seconds) <= own.seconds / 2
 
 
-def test_the_reference_is_trained_once_more_with_the_flops_of_as_many_steps_of_dense(costs: dict[str, Cost]) -> None:
-    trainings = list(plan("retina", VARIANTS, costs, STEPS_OF_REFERENCE, [0]))
-    [longer, dense] = [training for training in trainings if FLOPS_OF_DENSE in training.equal]
-    assert (longer.variant.name, dense.variant.name, dense.steps) == (REFERENCE, DENSE, STEPS_OF_REFERENCE)
-    of_dense = STEPS_OF_REFERENCE * costs[DENSE].flops
-    assert abs(longer.steps * costs[REFERENCE].flops - of_dense) <= costs[REFERENCE].flops / 2
+@pytest.mark.parametrize("latents", [16, 64, 256])
+def test_criss_cross_on_whole_cells_is_trained_with_the_flops_of_as_many_steps_of_dense(
+    costs: dict[str, Cost], latents: int
+) -> None:
+    own = costs[criss_cross(latents)].flops
+    number = budgets(costs, criss_cross(latents))[FLOPS_OF_DENSE]
+    assert abs(number * own - STEPS_OF_REFERENCE * costs[DENSE].flops) <= own / 2
+
+
+def test_the_reference_alone_is_trained_for_as_long_as_as_many_steps_of_dense(costs: dict[str, Cost]) -> None:
+    own, number = costs[REFERENCE].seconds, budgets(costs, REFERENCE)[TIME_OF_DENSE]
+    assert abs(number * own - STEPS_OF_REFERENCE * costs[DENSE].seconds) <= own / 2
+    assert TIME_OF_DENSE not in budgets(costs, criss_cross(16))
+    assert TIME_OF_DENSE not in budgets(costs, criss_cross(256))
+
+
+def test_the_steps_of_dense_serve_what_criss_cross_is_given_the_cost_of(costs: dict[str, Cost]) -> None:
+    [dense] = [variant for variant in VARIANTS if variant.name == DENSE]
+    served = budgets_of(dense, costs, STEPS_OF_REFERENCE, trained_for=STEPS_OF_REFERENCE)
+    assert served == (STEPS, FLOPS_OF_DENSE, TIME_OF_DENSE)
+
+
+def test_a_number_of_steps_that_nothing_asks_for_serves_no_budget(costs: dict[str, Cost]) -> None:
+    assert budgets_of(VARIANTS[0], costs, STEPS_OF_REFERENCE, trained_for=STEPS_OF_REFERENCE + 1) == ()
 
 
 def test_learning_rates_are_tried_with_the_reference_and_dense_alone_and_serve_no_budget() -> None:
@@ -102,7 +122,9 @@ def test_a_number_of_steps_within_two_percent_or_one_step_of_another_is_not_trai
 def test_the_reference_is_trained_for_its_steps_once_a_seed(costs: dict[str, Cost]) -> None:
     trainings = plan("retina", VARIANTS, costs, STEPS_OF_REFERENCE, [0, 1, 2])
     reference = [one for one in trainings if one.variant.name == REFERENCE and one.steps == STEPS_OF_REFERENCE]
-    assert [(training.seed, training.equal) for training in reference] == [(seed, BUDGETS) for seed in (0, 1, 2)]
+    assert [(training.seed, training.equal) for training in reference] == [
+        (seed, (STEPS, FLOPS, TIME)) for seed in (0, 1, 2)
+    ]
 
 
 def test_every_run_has_a_folder_of_its_own(costs: dict[str, Cost]) -> None:

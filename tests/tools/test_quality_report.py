@@ -9,11 +9,10 @@ from matplotlib import image
 from scipy import stats
 
 from cctrain.config import ModelConfig
-from tests.tools.quality_results import CUT, a_result, a_row, a_row_at, rows_of_three_seeds
+from tests.tools.quality_results import CUT, OF_REFERENCE, a_result, a_row, a_row_at, rows_of_three_seeds
 from tools import quality_figure
 from tools.quality_figure import STYLES, draw, series_of
 from tools.quality_plan import (
-    BUDGETS,
     DENSE,
     FLOPS,
     FLOPS_OF_DENSE,
@@ -50,7 +49,9 @@ def test_a_single_seed_has_no_interval() -> None:
 
 def test_differences_are_paired_by_seed_whatever_the_order_of_rows() -> None:
     mine = [a_row(DENSE, (STEPS,), seed, nll=value) for seed, value in ((2, 0.5), (0, 0.7), (1, 0.9))]
-    theirs = [a_row(REFERENCE, BUDGETS, seed, nll=value) for seed, value in ((0, 0.6), (1, 0.7), (2, 0.1), (3, 9.0))]
+    theirs = [
+        a_row(REFERENCE, OF_REFERENCE, seed, nll=value) for seed, value in ((0, 0.6), (1, 0.7), (2, 0.1), (3, 9.0))
+    ]
     found = paired(mine, theirs, "nll")
     expected = stats.ttest_rel([0.7, 0.9, 0.5], [0.6, 0.7, 0.1]).confidence_interval(0.95)
     assert found is not None
