@@ -16,7 +16,10 @@ from cctrain.apply.figures import ACCENT, INK, MUTED
 from tools.quality_plan import DENSE, OTHER_LATENTS, REFERENCE_LATENTS, criss_cross
 from tools.quality_report import Row, average, groups_of, in_budgets
 
-COSTS = {"flops": (1e12, "training FLOPs, 10¹²"), "seconds": (1.0, "seconds of training")}
+COSTS = {
+    "flops": (1e12, "training FLOPs, 10¹²"),
+    "seconds": (1.0, "seconds of training; with n genes: scaled by FLOPs"),
+}
 CUT, CUT_THEN_WHOLE = (
     f"M = {REFERENCE_LATENTS} trained and judged with n genes",
     f"M = {REFERENCE_LATENTS} trained with n genes, judged with all",
@@ -29,8 +32,9 @@ STYLES: dict[str, dict[str, Any]] = {
     )
 } | {
     DENSE: {"color": ACCENT, "marker": "D", "linestyle": "--"},
-    CUT: {"color": MUTED, "marker": "P", "linestyle": ":", "markerfacecolor": "white"},
-    CUT_THEN_WHOLE: {"color": INK, "marker": "X", "linestyle": "-.", "markerfacecolor": "white"},
+    # No lines: each n is trained for equal steps and for equal FLOPs.
+    CUT: {"color": MUTED, "marker": "P", "linestyle": "none", "markerfacecolor": "white"},
+    CUT_THEN_WHOLE: {"color": INK, "marker": "X", "linestyle": "none", "markerfacecolor": "white"},
 }
 
 

@@ -15,7 +15,8 @@ dense takes for S steps, which makes all of these equal to dense in
                      seed on retina, and what other numbers of latents change is told by the FLOPs of dense
 
 Warm-up and decay of the learning rate follow the number of steps. Where two of these numbers are nearly the same, one
-training serves both. The reference's shape is also trained for S steps on contexts that are cut.
+training serves both. The reference's shape is also trained on contexts that are cut, for S steps, which cost less than
+the reference's, and for equal FLOPs. Not for equal time: the seconds of these steps are not measured, but scaled.
 
 The peak of the learning rate is the configuration's, which need not suit both. So the reference and dense may also be
 trained for S steps at other peaks, of one seed, to see which peak is best for each.
@@ -149,15 +150,11 @@ def at_learning_rates(
 
 def step_numbers(variant: Variant, costs: dict[str, Cost], steps: int) -> list[tuple[int, tuple[str, ...]]]:
     """How many steps this variant is trained for, and which budgets each number serves."""
-    if variant.max_tokens is not None:
-        return [(steps, (STEPS,))]
     own, reference, dense = costs[variant.name], costs[REFERENCE], costs[DENSE]
-    exact = {
-        STEPS: steps,
-        FLOPS: steps * reference.flops / own.flops,
-        TIME: steps * reference.seconds / own.seconds,
-        FLOPS_OF_DENSE: steps * dense.flops / own.flops,
-    }
+    exact = {STEPS: steps, FLOPS: steps * reference.flops / own.flops}
+    if variant.max_tokens is None:
+        exact[TIME] = steps * reference.seconds / own.seconds
+        exact[FLOPS_OF_DENSE] = steps * dense.flops / own.flops
     if variant.name in (REFERENCE, DENSE):
         exact[TIME_OF_DENSE] = steps * dense.seconds / own.seconds
     return without_near_repeats({budget: max(1, round(number)) for budget, number in exact.items()})

@@ -118,11 +118,12 @@ The reference is {REFERENCE}. *Equal* says in what a model's training equals the
 contexts in the same order with about as many parameters; **FLOPs**, by the closed form on the contexts of the store;
 **time**, by step times that were measured before, the models taking turns. **FLOPs of dense** and **time of dense** are
 those that dense takes for the reference's number of steps. Seconds are of the training steps, as long as they took
-while the models took turns. Warm-up and decay of the learning rate follow the number of steps; its peak is the
-configuration's, which is that of two layers: those of a deeper model learn at 1/√(depth / 2) of it and slower.
-**Learning rate**, where it was asked for, holds the reference and dense after the reference's number of steps at other
-peaks too, of one seed; these trainings are in no other table. Which peak is best is told by the same held-out cells
-that judge, for both alike.
+while the models took turns; those of cut contexts (≈) are not measured, but the reference's seconds a FLOP times their
+FLOPs, so nothing is trained on these for equal time. Warm-up and decay of the learning rate follow the number of steps;
+its peak is the configuration's, which is that of two layers: those of a deeper model learn at 1/√(depth / 2) of it and
+slower. **Learning rate**, where it was asked for, holds the reference and dense after the reference's number of steps
+at other peaks too, of one seed; these trainings are in no other table. Which peak is best is told by the same held-out
+cells that judge, for both alike.
 
 All models of a data set are judged on the same hidden counts, drawn by gene alone, at the same size factors, which come
 from the counts that are not hidden. NLL is in nats, averaged within a cell, then over cells. Correlation is of log1p
@@ -179,10 +180,11 @@ def _costs(rows: list[Row], known: dict[str, Any]) -> str:
         if judged_on is not None:
             continue
         variant, mean = facts["variants"][model], {key: average(group, key) for key in ("steps", "flops", "seconds")}
+        about = "" if variant["max_tokens"] is None else "≈ "
         lines.append(
             f"| {model} | {', '.join(equal)} | {variant['depth']} | {variant['parameters']:,} "
             f"| {mean['steps']['mean']:,.0f} | {mean['flops']['mean'] / 1e12:.3g} · 10¹² "
-            f"| {mean['seconds']['mean']:,.0f} | {predicted[model]:.3f} s | {variant['cells_cut']:.0%} |"
+            f"| {about}{mean['seconds']['mean']:,.0f} | {about}{predicted[model]:.3f} s | {variant['cells_cut']:.0%} |"
         )
     return "\n".join(lines)
 

@@ -42,8 +42,12 @@ LENGTHS = np.random.default_rng(0).integers(700, LONGEST, size=40).tolist()
 @pytest.fixture(scope="module")
 def costs() -> dict[str, Cost]:
     """FLOPs of 5 steps of 8 contexts; the time of a FLOP is another for every variant."""
-    epoch = Epoch(LENGTHS, targets=sum(LENGTHS) // 20, steps=5)
-    flops = {variant.name: flops_of_a_step(variant.model(SHAPE), epoch) for variant in VARIANTS}
+
+    def epoch(longest: int) -> Epoch:
+        lengths = [min(length, longest) for length in LENGTHS]
+        return Epoch(lengths, targets=sum(LENGTHS) // 20, steps=5)
+
+    flops = {v.name: flops_of_a_step(v.model(SHAPE), epoch(v.max_tokens or LONGEST)) for v in VARIANTS}
     return {name: Cost(number, number * (1 + place) * 1e-11) for place, (name, number) in enumerate(flops.items())}
 
 
@@ -81,6 +85,21 @@ def test_the_steps_of_dense_serve_what_criss_cross_is_given_the_cost_of(costs: d
     [dense] = [variant for variant in VARIANTS if variant.name == DENSE]
     served = budgets_of(dense, costs, STEPS_OF_REFERENCE, trained_for=STEPS_OF_REFERENCE)
     assert served == (STEPS, FLOPS_OF_DENSE, TIME_OF_DENSE)
+
+
+def test_on_cut_contexts_the_reference_is_trained_for_equal_steps_and_equal_flops(costs: dict[str, Cost]) -> None:
+    name = f"{REFERENCE}, n = 500"
+    own, numbers = costs[name].flops, budgets(costs, name)
+    assert numbers.keys() == {STEPS, FLOPS}
+    assert numbers[STEPS] == STEPS_OF_REFERENCE < numbers[FLOPS]
+    assert abs(numbers[FLOPS] * own - STEPS_OF_REFERENCE * costs[REFERENCE].flops) <= own / 2
+
+
+def test_a_cut_that_costs_nearly_what_whole_cells_do_is_trained_once(costs: dict[str, Cost]) -> None:
+    name = f"{REFERENCE}, n = 2,000"
+    [variant] = [variant for variant in VARIANTS if variant.name == name]
+    nearly = costs | {name: Cost(0.99 * costs[REFERENCE].flops, 1.0)}
+    assert step_numbers(variant, nearly, STEPS_OF_REFERENCE) == [(STEPS_OF_REFERENCE, (STEPS, FLOPS))]
 
 
 def test_a_number_of_steps_that_nothing_asks_for_serves_no_budget(costs: dict[str, Cost]) -> None:

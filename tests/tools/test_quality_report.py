@@ -101,6 +101,14 @@ def test_the_report_shows_absolute_values_and_differences_with_their_intervals()
     assert "65 min" in report
 
 
+def test_seconds_of_cut_contexts_are_marked_as_scaled() -> None:
+    lines = report_text(a_result(rows_of_three_seeds()), "figure.png").splitlines()
+    [cut] = [line for line in lines if line.startswith(f"| {CUT} | steps | 2 ")]
+    [whole] = [line for line in lines if line.startswith(f"| {REFERENCE} | steps, FLOPs, time | 2 ")]
+    assert "| ≈ 30 | ≈ 3.000 s |" in cut
+    assert "| 30 | 3.000 s |" in whole
+
+
 def at_other_learning_rates() -> list[dict[str, Any]]:
     """At 0.002, the configuration's, NLL is 0.80 for the reference and 0.75 for dense. The reference is best at the
     highest of all by NLL and at 0.002 by correlation, dense at 0.001 by both."""
