@@ -1,7 +1,8 @@
 """The comparison in tables: what was trained and what it cost, how good it is, and where criss-cross loses to dense.
 
 Every number is a mean over seeds; intervals are Student's t at 95 % over seeds, of differences paired by seed. They
-hold how much the initial weights and the order of samples matter, not which cells were held out.
+hold how much the initial weights and the order of samples matter, not which cells were held out. A model that has not
+learned more than the mean of each gene is marked: comparing with it is no comparison of attention.
 """
 
 import statistics
@@ -15,6 +16,7 @@ from tools.quality_plan import BUDGETS, DENSE, REFERENCE, STEPS, Training
 
 Row = dict[str, Any]
 LOSSES = ("nll",)
+BETTER, NOT_TOLD_APART, WORSE = VERDICTS = ("better", "not told apart", "worse")
 METRICS = {
     "nll": "NLL per target",
     "correlation_within_gene": "correlation within a gene",
@@ -60,17 +62,23 @@ def paired(rows: list[Row], others: list[Row], metric: str) -> dict[str, Any] | 
 
 
 def verdict(difference: dict[str, Any], metric: str) -> str | None:
-    """`better`, `worse` or `no different`, as far as the interval says; None without one."""
+    """As far as the interval says; None without one."""
     if difference["low"] is None:
         return None
     low, high = difference["low"], difference["high"]
     if low <= 0 <= high:
-        return "no different"
-    return "better" if (high < 0) == (metric in LOSSES) else "worse"
+        return NOT_TOLD_APART
+    return BETTER if (high < 0) == (metric in LOSSES) else WORSE
 
 
-def against_dense(rows: list[Row]) -> list[dict[str, Any]]:
-    """Each criss-cross model that was trained on whole cells, minus dense, in each budget and metric, of a data set."""
+def no_better(rows: list[Row], gene_mean: float) -> bool:
+    """By NLL, in one seed at least."""
+    return any(row["nll"] >= gene_mean for row in rows)
+
+
+def against_dense(rows: list[Row], gene_mean: float) -> list[dict[str, Any]]:
+    """Each criss-cross model that was trained on whole cells, minus dense, in each budget and metric, of a data set.
+    `no_better`: one of the two is no better than the gene mean, whose NLL is given."""
     whole = {key: group for key, group in groups_of(rows).items() if group[0]["trained_on"] is None}
     found = []
     for budget in BUDGETS:
@@ -81,6 +89,7 @@ def against_dense(rows: list[Row]) -> list[dict[str, Any]]:
                 difference = paired(group, dense, metric)
                 if difference is not None:
                     row = {"budget": budget, "model": model, "metric": metric, **difference}
+                    row["no_better"] = no_better(group, gene_mean) or no_better(dense, gene_mean)
                     found.append(row | {"verdict": verdict(difference, metric)})
     return found
 
@@ -89,13 +98,16 @@ def report_text(result: dict[str, Any], figure: str) -> str:
     """Markdown; `figure` is the path of the picture beside it. Raises ValueError if models of a data set were judged on
     different targets."""
     rows_of = {name: [row for row in result["rows"] if row["dataset"] == name] for name in result["datasets"]}
-    comparisons = {name: against_dense(rows) for name, rows in rows_of.items()}
+    gene_means = {name: known["baselines"]["gene mean"]["nll"] for name, known in result["datasets"].items()}
+    comparisons = {name: against_dense(rows, gene_means[name]) for name, rows in rows_of.items()}
     seeds = sorted({row["seed"] for row in result["rows"]})
     parts = [
         "# Quality against cost",
         f"{len({row['run'] for row in result['rows']})} trainings (seed {', '.join(map(str, seeds))}), in "
         f"{duration(result['seconds'])} of measuring, training and judging on {result['machine']['cores']} cores.",
-        where_worse(comparisons),
+        summary(comparisons),
+        steps_are_not_cost(result["datasets"]),
+        who_is_no_better(rows_of, gene_means),
         f"![held-out NLL against training FLOPs and seconds]({figure})",
     ]
     for name, rows in rows_of.items():
@@ -105,7 +117,7 @@ def report_text(result: dict[str, Any], figure: str) -> str:
         compared = in_budgets(rows)
         parts += [f"## {name}", _facts(known["facts"]), _costs(compared, known), _scores(compared, known)]
         if comparisons[name]:
-            parts += ["Criss-cross minus dense at equal cost:", _comparison(comparisons[name])]
+            parts += ["Criss-cross minus dense, by what is equal:", _comparison(comparisons[name])]
         for seed in dict.fromkeys(row["seed"] for row in rows):
             at_peaks = by_learning_rate([row for row in rows if row["seed"] == seed])
             if at_peaks:
@@ -132,29 +144,56 @@ the balanced accuracy of 15 nearest training cells on held-out cells, by embeddi
 visible tokens of a context; size factors always are of the whole cell.
 
 Behind ± and in parentheses: 95 % t intervals over seeds, of differences paired by seed. They hold what initial weights
-and the order of samples do, not what other held-out cells would; with three seeds they are wide. **Bold**: zero is
-outside. Of twenty differences that are none, one is expected to be bold. Under **Learning rate**, the best of a row is
-bold."""
+and the order of samples do, not what other held-out cells would; with three seeds they are wide. **Not told apart**:
+the interval holds zero, which does not say that both are alike. **Bold**: zero is outside. Of twenty differences that
+are none, one is expected to be bold. **†**: by NLL no better than the gene mean in one seed at least, or compared with
+such a model, which says nothing of attention. Under **Learning rate**, the best of a row is bold."""
 
 
-def where_worse(comparisons: dict[str, list[dict[str, Any]]]) -> str:
-    """One paragraph: in what, and at which cost, criss-cross is worse than dense."""
-    everything = [row for rows in comparisons.values() for row in rows]
-    judged = [row for row in everything if row["verdict"] is not None]
+def summary(comparisons: dict[str, list[dict[str, Any]]]) -> str:
+    """How often criss-cross is better and worse than dense, budget by budget, and in what it is worse."""
+    judged = [(name, row) for name, rows in comparisons.items() for row in rows if row["verdict"] is not None]
     if not judged:
         return "One seed has no interval: nothing is said of which is better."
-    counts = {word: sum(row["verdict"] == word for row in judged) for word in ("better", "no different", "worse")}
-    worse = [
-        f"{name}, {row['model']}, equal in {row['budget']}: {METRICS[row['metric']]}, {_signed(row)}"
-        for name, rows in comparisons.items()
-        for row in rows
-        if row["verdict"] == "worse"
+    lines = [
+        "Criss-cross against dense, in how many comparisons, over all data sets, numbers of latents and scores:\n",
+        f"| equal in | {' | '.join(VERDICTS)} | no comparison of attention (†) |",
+        "|---|---|---|---|---|",
     ]
-    summary = (
-        f"Of {len(judged)} comparisons of criss-cross with dense at equal cost, criss-cross is better in "
-        f"{counts['better']}, no different in {counts['no different']} and worse in {counts['worse']}."
-    )
-    return summary + ("" if not worse else " It is worse here:\n\n" + "\n".join(f"- {one}" for one in worse))
+    for budget in BUDGETS:
+        rows = [row for _, row in judged if row["budget"] == budget]
+        counts = [sum(row["verdict"] == verdict for row in rows) for verdict in VERDICTS]
+        if rows:
+            of_no_use = sum(row["no_better"] for row in rows)
+            lines.append(f"| {budget} | {' | '.join(map(str, counts))} | {of_no_use} of {len(rows)} |")
+    worse = [
+        f"- {name}, {row['model']}{_mark(row['no_better'])}, equal in {row['budget']}: {METRICS[row['metric']]}, "
+        f"{_signed(row)}"
+        for name, row in judged
+        if row["verdict"] == WORSE
+    ]
+    return "\n".join([*lines, *(["\nIt is worse here:\n"] if worse else []), *worse])
+
+
+def steps_are_not_cost(datasets: dict[str, dict[str, Any]]) -> str:
+    times = []
+    for name, known in datasets.items():
+        flops = {model: known["facts"]["variants"][model]["flops_a_step"] for model in (REFERENCE, DENSE)}
+        times.append(f"{flops[DENSE] / flops[REFERENCE]:.2g} times the FLOPs of the reference's on {name}")
+    return f"Equal steps are not equal cost: a step of dense takes {', '.join(times)}."
+
+
+def who_is_no_better(rows_of: dict[str, list[Row]], gene_means: dict[str, float]) -> str:
+    """One paragraph: which models have learned no more than the mean of each gene, in how many of their seeds."""
+    found = []
+    for name, rows in rows_of.items():
+        for (model, equal, judged_on), group in groups_of(in_budgets(rows)).items():
+            if judged_on is None and no_better(group, gene_means[name]):
+                seeds = sum(no_better([row], gene_means[name]) for row in group)
+                found.append(f"{name}, {model}, equal in {' and '.join(equal)} (in {seeds} of {len(group)} seeds)")
+    if not found:
+        return "Every model is better than the gene mean, by NLL, in every seed."
+    return f"No better than the gene mean, so that comparing with them says nothing of attention: {'; '.join(found)}."
 
 
 def _facts(facts: dict[str, Any]) -> str:
@@ -173,8 +212,8 @@ def _facts(facts: dict[str, Any]) -> str:
 def _costs(rows: list[Row], known: dict[str, Any]) -> str:
     facts, predicted = known["facts"], known["seconds_a_step"]
     lines = [
-        "| model | equal | layers | parameters | steps | training FLOPs | seconds | a step "
-        "| cells cut |\n|---|---|---|---|---|---|---|---|---|"
+        "| model | equal | layers | parameters | steps | epochs | training FLOPs | seconds | a step "
+        "| cells cut |\n|---|---|---|---|---|---|---|---|---|---|"
     ]
     for (model, equal, judged_on), group in groups_of(rows).items():
         if judged_on is not None:
@@ -183,7 +222,8 @@ def _costs(rows: list[Row], known: dict[str, Any]) -> str:
         about = "" if variant["max_tokens"] is None else "≈ "
         lines.append(
             f"| {model} | {', '.join(equal)} | {variant['depth']} | {variant['parameters']:,} "
-            f"| {mean['steps']['mean']:,.0f} | {mean['flops']['mean'] / 1e12:.3g} · 10¹² "
+            f"| {mean['steps']['mean']:,.0f} | {mean['steps']['mean'] / facts['steps_an_epoch']:.2g} "
+            f"| {mean['flops']['mean'] / 1e12:.3g} · 10¹² "
             f"| {about}{mean['seconds']['mean']:,.0f} | {about}{predicted[model]:.3f} s | {variant['cells_cut']:.0%} |"
         )
     return "\n".join(lines)
@@ -193,7 +233,7 @@ def _scores(rows: list[Row], known: dict[str, Any]) -> str:
     shown = [metric for metric in METRICS if metric != "label_transfer" or known["facts"]["labels"] is not None]
     heads = [f"{METRICS[metric]} | minus reference" for metric in shown]
     lines = [f"| model | equal | judged with | {' | '.join(heads)} |", "|---|---|---|" + "---|---|" * len(shown)]
-    groups = groups_of(rows)
+    groups, gene_mean = groups_of(rows), known["baselines"]["gene mean"]["nll"]
     reference = next((group for key, group in groups.items() if key[0] == REFERENCE and STEPS in key[1]), [])
     for name, scores in known["baselines"].items():
         cells = [f"{_shown(scores[metric])} | " for metric in shown]
@@ -204,13 +244,16 @@ def _scores(rows: list[Row], known: dict[str, Any]) -> str:
             difference = None if group is reference else paired(group, reference, metric)
             cells.append(f"{_absolute(average(group, metric))} | {_signed(difference)}")
         judged = "all genes" if judged_on is None else f"n = {judged_on:,}"
-        lines.append(f"| {model} | {', '.join(equal)} | {judged} | {' | '.join(cells)} |")
+        lines.append(
+            f"| {model}{_mark(no_better(group, gene_mean))} | {', '.join(equal)} | {judged} | {' | '.join(cells)} |"
+        )
     return "\n".join(lines)
 
 
 def _comparison(comparisons: list[dict[str, Any]]) -> str:
     shown = [metric for metric in METRICS if any(row["metric"] == metric for row in comparisons)]
     found = {(row["budget"], row["model"], row["metric"]): row for row in comparisons}
+    marked = {(row["budget"], row["model"]) for row in comparisons if row["no_better"]}
     lines = [
         f"| equal | model | {' | '.join(METRICS[metric] for metric in shown)} |",
         "|---|---|" + "---|" * len(shown),
@@ -220,7 +263,7 @@ def _comparison(comparisons: list[dict[str, Any]]) -> str:
         for metric in shown:
             row = found.get((budget, model, metric))
             cells.append("" if row is None else f"{_signed(row)}{', ' + row['verdict'] if row['verdict'] else ''}")
-        lines.append(f"| {budget} | {model} | {' | '.join(cells)} |")
+        lines.append(f"| {budget} | {model}{_mark((budget, model) in marked)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -267,6 +310,10 @@ def _at_best_peaks(at_peaks: dict[float, dict[str, Row]]) -> str:
     if open_ended:
         text += f" That of {' and of '.join(open_ended)} is the lowest or highest tried: a better one may lie beyond."
     return text
+
+
+def _mark(no_better: bool) -> str:
+    return " †" if no_better else ""
 
 
 def _shown(value: float | None) -> str:

@@ -6,6 +6,7 @@ from tools.quality_plan import DENSE, FLOPS, REFERENCE, STEPS, TIME
 
 OF_REFERENCE = (STEPS, FLOPS, TIME)  # the budgets that its S steps serve, by definition
 CUT = f"{REFERENCE}, n = 500"
+GENE_MEAN = 0.95  # its NLL
 SCORES = {"nll": 0.8, "correlation_within_gene": 0.4, "label_transfer": None}
 
 
@@ -36,7 +37,13 @@ def a_row_at(learning_rate: float, model: str, nll: float, correlation: float = 
 
 def a_result(rows: list[dict[str, Any]]) -> dict[str, Any]:
     variants = {
-        name: {"depth": 2, "parameters": 1000, "flops_a_step": 1e11, "cells_cut": 0.0, "max_tokens": cut}
+        name: {
+            "depth": 2,
+            "parameters": 1000,
+            "flops_a_step": 17e9 if name == DENSE else 1e9,
+            "cells_cut": 0.0,
+            "max_tokens": cut,
+        }
         for name, cut in ((REFERENCE, None), (DENSE, None), (CUT, 500))
     }
     facts = {
@@ -55,7 +62,7 @@ def a_result(rows: list[dict[str, Any]]) -> dict[str, Any]:
     known = {
         "facts": facts,
         "seconds_a_step": dict.fromkeys(variants, 3.0),
-        "baselines": {"gene mean": SCORES | {"nll": 0.9}},
+        "baselines": {"gene mean": SCORES | {"nll": GENE_MEAN}},
     }
     return {"machine": {"cores": 2}, "seconds": 3900.0, "datasets": {"pbmc3k": known}, "rows": rows}
 

@@ -9,7 +9,7 @@ from matplotlib import image
 from scipy import stats
 
 from cctrain.config import ModelConfig
-from tests.tools.quality_results import CUT, OF_REFERENCE, a_result, a_row, a_row_at, rows_of_three_seeds
+from tests.tools.quality_results import CUT, GENE_MEAN, OF_REFERENCE, a_result, a_row, a_row_at, rows_of_three_seeds
 from tools import quality_figure
 from tools.quality_figure import STYLES, draw, series_of
 from tools.quality_plan import (
@@ -29,8 +29,9 @@ from tools.quality_report import (
     paired,
     plan_text,
     report_text,
+    summary,
     verdict,
-    where_worse,
+    who_is_no_better,
 )
 
 VALUES = [0.811, 0.798, 0.834, 0.820]
@@ -61,15 +62,15 @@ def test_differences_are_paired_by_seed_whatever_the_order_of_rows() -> None:
 
 def test_a_lower_loss_and_a_higher_correlation_are_better() -> None:
     below, above, around = {"low": -2, "high": -1}, {"low": 1, "high": 2}, {"low": -1, "high": 1}
-    assert [verdict(d, "nll") for d in (below, above, around)] == ["better", "worse", "no different"]
-    assert [verdict(d, "label_transfer") for d in (below, above, around)] == ["worse", "better", "no different"]
+    assert [verdict(d, "nll") for d in (below, above, around)] == ["better", "worse", "not told apart"]
+    assert [verdict(d, "label_transfer") for d in (below, above, around)] == ["worse", "better", "not told apart"]
 
 
 def test_criss_cross_is_compared_with_the_dense_model_of_the_same_budget() -> None:
-    rows = {(row["budget"], row["metric"]): row for row in against_dense(rows_of_three_seeds())}
+    rows = {(row["budget"], row["metric"]): row for row in against_dense(rows_of_three_seeds(), GENE_MEAN)}
     assert {(budget, row["verdict"]) for (budget, metric), row in rows.items() if metric == "nll"} == {
         (STEPS, "worse"),
-        (FLOPS, "no different"),
+        (FLOPS, "not told apart"),
         (TIME, "better"),
     }
     assert rows[STEPS, "nll"]["mean"] == pytest.approx(0.06)
@@ -78,11 +79,61 @@ def test_criss_cross_is_compared_with_the_dense_model_of_the_same_budget() -> No
 
 
 def test_where_criss_cross_is_worse_is_said_and_where_it_is_not_is_not() -> None:
-    said = where_worse({"pbmc3k": against_dense(rows_of_three_seeds())})
+    said = summary({"pbmc3k": against_dense(rows_of_three_seeds(), GENE_MEAN)})
     assert f"pbmc3k, {REFERENCE}, equal in steps: NLL per target" in said
-    assert "equal in FLOPs" not in said
+    assert "equal in FLOPs:" not in said
     one_seed = [row for row in rows_of_three_seeds() if row["seed"] == 0]
-    assert where_worse({"pbmc3k": against_dense(one_seed)}).startswith("One seed has no interval")
+    assert summary({"pbmc3k": against_dense(one_seed, GENE_MEAN)}).startswith("One seed has no interval")
+
+
+def test_comparisons_are_counted_for_each_budget_by_itself() -> None:
+    said = summary({"pbmc3k": against_dense(rows_of_three_seeds(), GENE_MEAN)})
+    counts = [line for line in said.splitlines() if line.startswith("| ")][1:]
+    assert counts == [
+        "| steps | 0 | 1 | 1 | 0 of 2 |",
+        "| FLOPs | 0 | 2 | 0 | 0 of 2 |",
+        "| time | 1 | 1 | 0 | 0 of 2 |",
+    ]
+
+
+def test_it_is_said_that_equal_steps_are_not_equal_cost() -> None:
+    report = report_text(a_result(rows_of_three_seeds()), "figure.png")
+    assert "a step of dense takes 17 times the FLOPs of the reference's on pbmc3k." in report
+
+
+def test_epochs_are_told_for_each_number_of_steps() -> None:
+    rows = [row | {"steps": 4} if row["equal"] == [TIME] else row for row in rows_of_three_seeds()]
+    lines = report_text(a_result(rows), "figure.png").splitlines()
+    assert [line for line in lines if line.startswith("| dense | time | 2 | 1,000 | 4 | 0.4 |")]
+    assert [line for line in lines if line.startswith("| dense | steps | 2 | 1,000 | 10 | 1 |")]
+
+
+def rows_with_dense_no_better_than_the_gene_mean_in_one_seed() -> list[dict[str, Any]]:
+    """At equal FLOPs."""
+    rows = rows_of_three_seeds()
+    [row] = [row for row in rows if (row["model"], row["equal"], row["seed"]) == (DENSE, [FLOPS], 1)]
+    row["nll"] = GENE_MEAN
+    return rows
+
+
+def test_a_comparison_with_a_model_no_better_than_the_gene_mean_is_counted_as_none_of_attention() -> None:
+    rows = rows_with_dense_no_better_than_the_gene_mean_in_one_seed()
+    said = summary({"pbmc3k": against_dense(rows, GENE_MEAN)})
+    assert "| FLOPs | 0 | 2 | 0 | 2 of 2 |" in said
+    assert "| time | 1 | 1 | 0 | 0 of 2 |" in said
+
+
+def test_models_no_better_than_the_gene_mean_are_listed_and_marked_wherever_they_are_compared() -> None:
+    report = report_text(a_result(rows_with_dense_no_better_than_the_gene_mean_in_one_seed()), "figure.png")
+    assert "nothing of attention: pbmc3k, dense, equal in FLOPs (in 1 of 3 seeds)." in report
+    assert "| dense † | FLOPs | all genes |" in report
+    assert f"| FLOPs | {REFERENCE} † |" in report
+    assert f"| steps | {REFERENCE} |" in report
+
+
+def test_where_every_model_beats_the_gene_mean_that_is_said() -> None:
+    said = who_is_no_better({"pbmc3k": rows_of_three_seeds()}, {"pbmc3k": GENE_MEAN})
+    assert said == "Every model is better than the gene mean, by NLL, in every seed."
 
 
 def test_the_report_shows_absolute_values_and_differences_with_their_intervals() -> None:
@@ -96,7 +147,7 @@ def test_the_report_shows_absolute_values_and_differences_with_their_intervals()
     )
     assert f"| {CUT} | steps | n = 500 | 0.9000" in report
     assert f"| {CUT} | steps | all genes | 0.8500" in report
-    assert "| gene mean | | all genes | 0.9000" in report
+    assert "| gene mean | | all genes | 0.9500" in report
     assert "no label transfer" in report
     assert "65 min" in report
 
@@ -183,7 +234,7 @@ def test_more_steps_at_the_configurations_learning_rate_are_no_part_of_the_table
 def test_other_learning_rates_change_nothing_else_in_the_report() -> None:
     rows = rows_of_three_seeds()
     with_others = at_other_learning_rates() + rows
-    assert against_dense(with_others) == against_dense(rows)
+    assert against_dense(with_others, GENE_MEAN) == against_dense(rows, GENE_MEAN)
     without, report = (report_text(a_result(one), "figure.png") for one in (rows, with_others))
     assert "### Learning rate" not in without
     shorter = report.replace(f"### Learning rate, seed 0\n\n{learning_rates_of(report)}\n\n", "")
