@@ -62,6 +62,8 @@ def main() -> None:
         print(plan_text(left, [predicted(result, training) for training in left]))
         print(f"{len(trainings) - len(left)} of {len(trainings)} trainings are there already")
         return
+    for dataset in datasets.values():
+        judge_baselines(result, dataset)
     keep(result, file)
     follow(result, trainings, datasets, file, arguments.runs)
     draw(result, figure)
@@ -136,11 +138,10 @@ def adopt(result: dict[str, Any], dataset: Dataset, file: Path) -> None:
     if known is None:
         started = time.monotonic()
         print(f"{dataset.name}: measuring steps", file=sys.stderr, flush=True)
-        width = dataset.held_out.config.model.width
         result["datasets"][dataset.name] = {
             "facts": dataset.facts,
             "seconds_a_step": measured_seconds(dataset),
-            "baselines": baselines(dataset.held_out, width),
+            "baselines": {},
         }
         result["seconds"] += time.monotonic() - started
         return
@@ -150,6 +151,13 @@ def adopt(result: dict[str, Any], dataset: Dataset, file: Path) -> None:
             f"{file} holds results on {dataset.name} with other {', '.join(changed)}: give what they were made with, "
             "or choose another --out"
         )
+
+
+def judge_baselines(result: dict[str, Any], dataset: Dataset) -> None:
+    """Those that the result does not have: it may be older than they are."""
+    known = result["datasets"][dataset.name]["baselines"]
+    reference, base = dataset.variants[0], dataset.held_out.config.model
+    known |= baselines(dataset.held_out, reference.model(base), known)
 
 
 def planned(

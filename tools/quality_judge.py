@@ -8,7 +8,8 @@ Label transfer is that of `tools/label_transfer.py`, where the store has cell ty
 """
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable, Container
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,23 @@ import numpy as np
 import torch
 
 from cctrain.apply import metrics
-from cctrain.apply.baselines import gene_mean
-from cctrain.apply.evaluate import DETECTED_IN, held_out_targets
+from cctrain.apply.baselines import fit_neighbours, gene_mean
+from cctrain.apply.evaluate import DETECTED_IN, NEIGHBOURS, held_out_targets, training_cells
 from cctrain.apply.predict import load_model, predict_targets
 from cctrain.apply.targets import Prediction, TargetSet
-from cctrain.config import Config, load_config
-from cctrain.data.loading.contexts import nothing_hidden
+from cctrain.config import Config, ModelConfig, load_config
+from cctrain.data.loading.contexts import nothing_hidden, target_probability
 from cctrain.data.store.store import TokenStore
+from cctrain.model.transformer import Transformer
 from cctrain.parallel.mesh import find_device_kind
 from cctrain.run_directory import open_run
+from cctrain.training.data import resolve
+from cctrain.training.train import build_model
 from tools.label_transfer import embed_store, principal_components, transfer
 
 LABEL = "cell_type"  # column of obs
 SEED = 0  # of the hidden counts; models have seeds of their own
+GENE_MEAN, UNTRAINED = "gene mean", "untrained"
 METRICS = ("nll", "correlation_within_gene", "label_transfer")
 
 
@@ -56,9 +61,12 @@ def judging_config(store: TokenStore, config_file: Path, max_tokens: int | None)
 
 def judge(run: Path, held_out: HeldOut, config_file: Path, max_tokens: int | None) -> dict[str, Any]:
     """METRICS (label_transfer: None without labels) and `targets`; contexts are cut to `max_tokens`, if any."""
-    store = held_out.store
-    model = load_model(open_run(run)).to(torch.device(find_device_kind()))
-    config = judging_config(store, config_file, max_tokens)
+    config = judging_config(held_out.store, config_file, max_tokens)
+    return judge_model(load_model(open_run(run)), held_out, config)
+
+
+def judge_model(model: Transformer, held_out: HeldOut, config: Config) -> dict[str, Any]:
+    store, model = held_out.store, model.to(torch.device(find_device_kind()))
     targets, _, contexts = held_out_targets(store, config)
     row = scores(targets, predict_targets(model, contexts()), store)
     if held_out.labels is not None:
@@ -67,14 +75,33 @@ def judge(run: Path, held_out: HeldOut, config_file: Path, max_tokens: int | Non
     return row | {"targets": digest(targets)}
 
 
-def baselines(held_out: HeldOut, dimensions: int) -> dict[str, dict[str, Any]]:
-    """What needs no training: the gene mean, and PCA of that many dimensions where there are labels."""
-    store, targets = held_out.store, held_out.targets
-    found = {"gene mean": scores(targets, gene_mean(targets, store.genes.share, store.genes.theta), store)}
-    if held_out.labels is not None:
-        places = principal_components(store, dimensions)
-        found["PCA"] = dict.fromkeys(METRICS) | {"label_transfer": transfer(places, held_out.labels, store.num_train)}
-    return found
+def baselines(held_out: HeldOut, shape: ModelConfig, known: Container[str] = ()) -> dict[str, dict[str, Any]]:
+    """Scores of what needs no training, but those that are known: the gene mean, a model of that shape with its first
+    weights, the neighbours of `cctrain evaluate`; and where there are labels, PCA of as many dimensions as it has."""
+    store, targets, labels = held_out.store, held_out.targets, held_out.labels
+
+    def of_pca() -> dict[str, Any]:
+        assert labels is not None
+        places = principal_components(store, shape.width)
+        return dict.fromkeys(METRICS) | {"label_transfer": transfer(places, labels, store.num_train)}
+
+    def of_neighbours() -> dict[str, Any]:
+        genes, probability = store.genes, target_probability(store.genes, held_out.config.objective)
+        fitted = fit_neighbours(training_cells(store), genes.share, genes.theta, probability, SEED)
+        return scores(targets, fitted.predict(targets), store)
+
+    ways: dict[str, Callable[[], dict[str, Any]]] = {
+        GENE_MEAN: lambda: scores(targets, gene_mean(targets, store.genes.share, store.genes.theta), store),
+        **({} if labels is None else {"PCA": of_pca}),
+        NEIGHBOURS: of_neighbours,
+        UNTRAINED: lambda: judge_model(untrained(store, held_out.config, shape), held_out, held_out.config),
+    }
+    return {name: way() for name, way in ways.items() if name not in known}
+
+
+def untrained(store: TokenStore, config: Config, shape: ModelConfig) -> Transformer:
+    """With the weights that a training under SEED starts with."""
+    return build_model(resolve(replace(config, model=shape), store), store.genes).eval()
 
 
 def scores(targets: TargetSet, prediction: Prediction, store: TokenStore) -> dict[str, Any]:

@@ -140,8 +140,10 @@ cells that judge, for both alike.
 All models of a data set are judged on the same hidden counts, drawn by gene alone, at the same size factors, which come
 from the counts that are not hidden. NLL is in nats, averaged within a cell, then over cells. Correlation is of log1p
 counts across cells within a gene, then the mean over genes detected in over 5 % of training cells. Label transfer is
-the balanced accuracy of 15 nearest training cells on held-out cells, by embeddings that saw no label. n is the most
-visible tokens of a context; size factors always are of the whole cell.
+the balanced accuracy of 15 nearest training cells on held-out cells, by embeddings that saw no label. **Untrained**:
+the reference with its first weights, which predict the gene mean; its label transfer is what training has to beat.
+**Nearest neighbours** are those of `cctrain evaluate`, tuned on training cells. n is the most visible tokens of a
+context; size factors always are of the whole cell.
 
 Behind ± and in parentheses: 95 % t intervals over seeds, of differences paired by seed. They hold what initial weights
 and the order of samples do, not what other held-out cells would; with three seeds they are wide. **Not told apart**:

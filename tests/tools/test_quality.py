@@ -115,6 +115,17 @@ def test_a_model_of_cut_contexts_is_judged_on_such_and_on_whole_ones(
     assert [row["judged_on"] for row in result["rows"]] == [500, None]
 
 
+def test_a_result_that_is_older_than_a_baseline_is_given_it(
+    result: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result["datasets"]["pbmc3k"]["baselines"] = {"gene mean": {"nll": 0.6}}
+    monkeypatch.setattr(quality, "baselines", lambda held_out, shape, known: {"untrained": {"nll": 0.7}})
+    dataset = a_dataset()
+    dataset.held_out = SimpleNamespace(config=Config())
+    quality.judge_baselines(result, dataset)
+    assert result["datasets"]["pbmc3k"]["baselines"] == {"gene mean": {"nll": 0.6}, "untrained": {"nll": 0.7}}
+
+
 def test_results_of_another_store_or_number_of_steps_are_not_mixed(result: dict[str, Any], tmp_path: Path) -> None:
     quality.adopt(result, a_dataset(), tmp_path / "quality.json")
     with pytest.raises(SystemExit, match=r"quality\.json holds results on pbmc3k with other steps: .* another --out"):

@@ -7,15 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from cctrain.apply.evaluate import held_out_targets
+from cctrain.apply.baselines import Neighbours
+from cctrain.apply.evaluate import NEIGHBOURS, held_out_targets
+from cctrain.apply.targets import Prediction, TargetSet
+from cctrain.config import ModelConfig
 from cctrain.data.loading.batches import pack
 from cctrain.data.loading.contexts import choose_targets
 from cctrain.data.store.store import Cells, TokenStore
 from cctrain.training.data import context_rule
 from cctrain.training.loop import to_inputs
-from tools.quality_judge import HeldOut, baselines, digest, hold_out, judging_config
+from tools.quality_judge import GENE_MEAN, UNTRAINED, HeldOut, baselines, digest, hold_out, judging_config
 
 CUT = 12  # of 20 to 40 genes
+SHAPE = ModelConfig(width=16, depth=1, heads=2, latents=4)
 
 
 @pytest.fixture(scope="module")
@@ -104,4 +108,31 @@ def test_the_seed_of_a_configuration_does_not_change_what_is_hidden(tiny_store: 
 
 def test_a_store_without_cell_types_has_no_label_transfer(held_out: HeldOut) -> None:
     assert held_out.labels is None
-    assert baselines(held_out, dimensions=4).keys() == {"gene mean"}
+    assert baselines(held_out, SHAPE).keys() == {GENE_MEAN, NEIGHBOURS, UNTRAINED}
+    assert baselines(held_out, SHAPE)[UNTRAINED]["label_transfer"] is None
+
+
+def test_an_untrained_model_predicts_about_the_gene_mean(held_out: HeldOut) -> None:
+    found = baselines(held_out, SHAPE, known={NEIGHBOURS})
+    assert found[UNTRAINED]["nll"] == pytest.approx(found[GENE_MEAN]["nll"], rel=0.02)
+    assert found[UNTRAINED]["nll"] != found[GENE_MEAN]["nll"]
+
+
+def test_neighbours_are_those_of_evaluate_and_judged_on_the_same_targets(
+    held_out: HeldOut, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged_on: list[str] = []
+    predict = Neighbours.predict
+
+    def seen(neighbours: Neighbours, targets: TargetSet) -> Prediction:
+        judged_on.append(digest(targets))
+        return predict(neighbours, targets)
+
+    monkeypatch.setattr(Neighbours, "predict", seen)
+    found = baselines(held_out, SHAPE, known={GENE_MEAN, UNTRAINED})
+    assert judged_on == [digest(held_out.targets)]
+    assert np.isfinite(found[NEIGHBOURS]["nll"])
+
+
+def test_baselines_that_are_known_are_not_judged_again(held_out: HeldOut) -> None:
+    assert baselines(held_out, SHAPE, known={GENE_MEAN, NEIGHBOURS, UNTRAINED}) == {}
