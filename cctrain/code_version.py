@@ -7,6 +7,8 @@ import subprocess
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
+# Some tools note the commit with every row that they add to a file in here: it must not change with the file.
+RESULTS = "tools/results"
 
 
 def code_commit() -> str | None:
@@ -20,15 +22,15 @@ def code_commit() -> str | None:
 
 
 def code_difference() -> str:
-    """What the working tree changes in files that git knows, and cctrain's files that it does not know yet, as a
-    patch; "" without a checkout."""
+    """What the working tree changes in files that git knows, but for kept results, which are no code, and cctrain's
+    files that it does not know yet, as a patch; "" without a checkout."""
     root = Path((_git("rev-parse", "--show-toplevel") or "").strip() or PACKAGE)
     new = (_git("ls-files", "--others", "--exclude-standard", "--full-name", "-z") or "").split("\0")
     patches = [
         _git("diff", "--no-index", "--", os.devnull, name, folder=root, fails_with=1) or ""
         for name in sorted(filter(None, new))
     ]
-    return "".join([_git("diff", "HEAD") or "", *patches])
+    return "".join([_git("diff", "HEAD", "--", ":(top)", f":(top,exclude){RESULTS}") or "", *patches])
 
 
 def code_digest() -> str:

@@ -34,6 +34,21 @@ def test_a_clean_checkout_is_its_commit(checkout):
     assert code_difference() == ""
 
 
+def test_kept_results_are_no_code(checkout):
+    kept = checkout / "tools" / "results" / "speed.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("{}\n")
+    git(checkout, "add", ".")
+    git(checkout, "commit", "--quiet", "--message=second")
+    kept.write_text('{"rows": []}\n')
+    assert code_commit() == git(checkout, "rev-parse", "HEAD").strip()
+    (checkout / "notes.txt").write_text("b\n")
+    changed = code_commit()
+    assert changed != git(checkout, "rev-parse", "HEAD").strip()
+    kept.write_text('{"rows": [1]}\n')
+    assert code_commit() == changed
+
+
 def test_changes_and_new_files_of_the_package_are_a_patch_that_applies(checkout, tmp_path_factory):
     clean = tmp_path_factory.mktemp("clean") / "clone"
     git(checkout, "clone", "--quiet", ".", str(clean))
