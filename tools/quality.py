@@ -108,11 +108,9 @@ def parsed() -> argparse.Namespace:
 
 
 def begun() -> dict[str, Any]:
-    """`seconds`: all that it took, measuring, training and judging."""
     return {
         "question": "is criss-cross attention as good as dense attention at equal parameters, FLOPs and time?",
         **circumstances("torch", "deepspeed", "scikit-learn"),
-        "seconds": 0.0,
         "datasets": {},
         "rows": [],
     }
@@ -122,6 +120,7 @@ def kept(file: Path) -> dict[str, Any]:
     """What there is already. Rows that do not say their learning rate are older than --learning-rates: their
     configuration's. Which budgets a row serves is what the plan says now: rows may be older than a budget."""
     result = json.loads(file.read_text())
+    result.pop("seconds", None)  # of older results: it left out what interrupted trainings took
     for name, known in result["datasets"].items():
         facts, cost = known["facts"], costs(known["facts"], known["seconds_a_step"])
         peak, variants = peak_learning_rate(facts), {variant.name: variant for variant in variants_in(facts)}
@@ -136,14 +135,12 @@ def adopt(result: dict[str, Any], dataset: Dataset, file: Path) -> None:
     """Measure what the steps of a new data set take. Raises SystemExit where its results were made otherwise."""
     known = result["datasets"].get(dataset.name)
     if known is None:
-        started = time.monotonic()
         print(f"{dataset.name}: measuring steps", file=sys.stderr, flush=True)
         result["datasets"][dataset.name] = {
             "facts": dataset.facts,
             "seconds_a_step": measured_seconds(dataset),
             "baselines": {},
         }
-        result["seconds"] += time.monotonic() - started
         return
     changed = [key for key, value in dataset.facts.items() if known["facts"].get(key) != value]
     if changed:
@@ -211,7 +208,6 @@ def follow(
         ]
         seconds = time.monotonic() - started
         result["rows"] += rows
-        result["seconds"] += seconds
         keep(result, file)
         took, foreseen, to_go = took + seconds, foreseen + expected[training], to_go - expected[training]
         print(

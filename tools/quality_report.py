@@ -101,10 +101,12 @@ def report_text(result: dict[str, Any], figure: str) -> str:
     gene_means = {name: known["baselines"]["gene mean"]["nll"] for name, known in result["datasets"].items()}
     comparisons = {name: against_dense(rows, gene_means[name]) for name, rows in rows_of.items()}
     seeds = sorted({row["seed"] for row in result["rows"]})
+    seconds = {row["run"]: row["seconds"] for row in result["rows"]}
     parts = [
         "# Quality against cost",
-        f"{len({row['run'] for row in result['rows']})} trainings (seed {', '.join(map(str, seeds))}), in "
-        f"{duration(result['seconds'])} of measuring, training and judging on {result['machine']['cores']} cores.",
+        f"{len(seconds)} trainings (seed {', '.join(map(str, seeds))}), whose steps take "
+        f"{duration(sum(seconds.values()))} on {result['machine']['cores']} cores with nothing else to do, by what a "
+        "step took when it was measured. Judging, and what was interrupted, is not in it.",
         summary(comparisons),
         steps_are_not_cost(result["datasets"]),
         who_is_no_better(rows_of, gene_means),
@@ -343,9 +345,9 @@ def plan_text(trainings: list[Training], seconds: list[float]) -> str:
     for training, one in zip(trainings, seconds, strict=True):
         key = training.dataset, training.variant.name, training.purpose, training.steps
         totals.setdefault(key, []).append(one)
-    lines = [f"{'data set':<10} {'model':<32} {'purpose':<34} {'steps':>7} {'seeds':>5}  time"]
+    lines = [f"{'data set':<10} {'model':<32} {'purpose':<52} {'steps':>7} {'seeds':>5}  time"]
     lines += [
-        f"{dataset:<10} {model:<32} {purpose:<34} {steps:>7,} {len(times):>5}  {duration(sum(times))}"
+        f"{dataset:<10} {model:<32} {purpose:<52} {steps:>7,} {len(times):>5}  {duration(sum(times))}"
         for (dataset, model, purpose, steps), times in totals.items()
     ]
     return "\n".join([*lines, f"{len(trainings)} trainings, about {duration(sum(seconds))}"])

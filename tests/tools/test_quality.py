@@ -183,6 +183,12 @@ def test_every_row_of_the_committed_result_is_in_the_plan_of_its_seed() -> None:
     assert all(row["equal"] for row in kept["rows"])
 
 
+def test_the_hours_that_older_results_counted_are_dropped(result: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "quality.json"
+    file.write_text(json.dumps(result | {"seconds": 3900.0}))
+    assert quality.kept(file) == result
+
+
 def test_a_row_that_says_its_learning_rate_keeps_it(result: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "quality.json"
     file.write_text(json.dumps(result | {"rows": [{"dataset": "pbmc3k", "learning_rate": 5e-4}]}))

@@ -149,7 +149,13 @@ def test_the_report_shows_absolute_values_and_differences_with_their_intervals()
     assert f"| {CUT} | steps | all genes | 0.8500" in report
     assert "| gene mean | | all genes | 0.9500" in report
     assert "no label transfer" in report
-    assert "65 min" in report
+
+
+def test_the_time_of_all_trainings_is_that_of_their_measured_steps_and_each_counts_once() -> None:
+    report = report_text(a_result(rows_of_three_seeds()), "figure.png")
+    assert "15 trainings (seed 0, 1, 2), whose steps take 7.5 min on 2 cores" in report, (
+        "15 of 30 s, three judged twice"
+    )
 
 
 def test_seconds_of_cut_contexts_are_marked_as_scaled() -> None:
@@ -238,7 +244,7 @@ def test_other_learning_rates_change_nothing_else_in_the_report() -> None:
     without, report = (report_text(a_result(one), "figure.png") for one in (rows, with_others))
     assert "### Learning rate" not in without
     shorter = report.replace(f"### Learning rate, seed 0\n\n{learning_rates_of(report)}\n\n", "")
-    assert shorter.replace("21 trainings", "15 trainings") == without
+    assert shorter.replace("21 trainings", "15 trainings").replace("take 10 min", "take 7.5 min") == without
 
 
 def test_other_learning_rates_are_not_in_the_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
