@@ -6,16 +6,20 @@ take turns.
 """
 
 import json
+import math
 import platform
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import IO, Any
 
 import psutil
 import torch
@@ -39,6 +43,7 @@ from cctrain.words import model_in_words
 
 ROUNDS, SECONDS_A_ROUND = 5, 0.15  # of each part
 TOKENS_OF_DENSE, TARGETS, PARAMETERS = 2048, 20_000, 4_000_000
+SECONDS_FOR_THE_OTHERS = 5.0  # once a rank has failed
 LARGE_PAYLOAD, SMALL_PAYLOAD = 2**18, 8  # numbers
 
 
@@ -51,22 +56,44 @@ def calibrate(model: ModelConfig, precision: str, num_ranks: int) -> Device:
 
 
 def on_local_ranks(module: str, argument: str, num_ranks: int) -> dict[str, Any]:
-    """What the first of so many ranks, each `python -m MODULE ARGUMENT`, prints as its last line: a JSON object. Raises
-    TrainingError if it does not."""
+    """What the first of so many ranks, each `python -m MODULE ARGUMENT`, prints as its last line: a JSON object. They
+    end with whoever waits for it. Raises TrainingError if there is none."""
     port, command = free_port(), [sys.executable, "-m", module, argument]
-    ranks = [
-        subprocess.Popen(
-            command, env=rank_environment(rank, num_ranks, port), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        for rank in range(num_ranks)
-    ]
-    outputs = [rank.communicate() for rank in ranks]
-    answer = outputs[0][0].strip().rpartition(b"\n")[2]
-    if answer.startswith(b"{"):  # whatever the exit codes: gloo's threads can abort a process that has done its work
+    with ExitStack() as stack:
+        said = [[stack.enter_context(tempfile.TemporaryFile()) for _ in "oe"] for _ in range(num_ranks)]
+        ranks: list[subprocess.Popen] = []
+        try:
+            for rank, (output, error) in enumerate(said):
+                environment = rank_environment(rank, num_ranks, port)
+                ranks.append(subprocess.Popen(command, env=environment, stdout=output, stderr=error))
+            codes = wait_for_all(ranks)
+        finally:
+            for process in ranks:
+                process.kill()
+                process.wait()
+        outputs, errors = ([written(file) for file in files] for files in zip(*said, strict=True))
+    answer = outputs[0].rpartition("\n")[2]
+    if answer.startswith("{"):  # whatever the exit codes: gloo's threads can abort a process that has done its work
         return json.loads(answer)
-    failed = [error for rank, (_, error) in zip(ranks, outputs, strict=True) if rank.returncode]
-    said = (failed or [outputs[0][1]])[0].decode(errors="replace").strip()
-    raise TrainingError(f"this machine could not be measured:\n{said}")
+    said_why = [error for code, error in zip(codes, errors, strict=True) if code] or errors
+    why = "a rank was killed: out of memory, most likely" if -signal.SIGKILL in codes else said_why[0]
+    raise TrainingError(f"this machine could not be measured:\n{why}")
+
+
+def wait_for_all(ranks: list[subprocess.Popen]) -> list[int | None]:
+    """Their exit codes, once all have ended; where one has failed, the others may wait for it in vain, and get a
+    moment. None: still waiting."""
+    deadline = math.inf
+    while None in (codes := [process.poll() for process in ranks]) and time.monotonic() < deadline:
+        if any(codes):
+            deadline = min(deadline, time.monotonic() + SECONDS_FOR_THE_OTHERS)
+        time.sleep(0.05)
+    return codes
+
+
+def written(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace").strip()
 
 
 def measure(model: ModelConfig, precision: str, mesh: Mesh) -> Device:

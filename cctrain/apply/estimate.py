@@ -2,14 +2,16 @@
 other devices."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from cctrain.config import Config, load_config
 from cctrain.cost.devices import Device, load_device, save_device
 from cctrain.cost.estimate import Estimate, estimate
 from cctrain.cost.work import Contexts
-from cctrain.data.store.store import open_store
+from cctrain.data.store.store import TokenStore, open_store
 from cctrain.errors import UsageError
 from cctrain.launch.local import default_ranks
 from cctrain.training.data import DEFAULT_MICRO_BATCH_TOKENS, look_at_store
@@ -35,15 +37,19 @@ def estimate_configuration(
     config = load_config(path, [*overrides, *unused])
     device = None if device_name is None else load_device(device_name, config.training.precision)
     if tokens:
-        config, contexts = without_store(config, tokens, genes)
+        config = without_store(config, tokens)
+        contexts_of = partial(contexts_without_store, genes=genes)
     else:
-        config, contexts = look_at_store(config, open_store(Path(config.data.store), config.data.digest))
+        store = open_store(Path(config.data.store), config.data.digest)
+        config, _ = look_at_store(config, store)
+        contexts_of = partial(contexts_from_store, store=store)
+    contexts = contexts_of(config)
     if ranks is None:
         measured = device and device.measured
         ranks = measured.ranks if measured else default_ranks() if device is None else 1
     ranks = max(ranks, config.parallel.context)
     if device is None:
-        device = measure_here(config, contexts, ranks)
+        device = measure_here(config, contexts_of, ranks)
         if kept_in is not None:
             save_device(device, kept_in)
             log.info("kept in %s: --device %s reads it in place of measuring", kept_in, kept_in)
@@ -60,15 +66,16 @@ def check_file_to_save(path: Path, device_name: str | None) -> None:
         raise UsageError(f"there is no folder {path.parent} to write {path.name} to")
 
 
-def measure_here(config: Config, contexts: Contexts, ranks: int) -> Device:
+def measure_here(config: Config, contexts_of: Callable[[Config], Contexts], ranks: int) -> Device:
     """The rates of the parts of a step, and what a rehearsal takes and holds beside its own parts."""
     from cctrain.apply.calibrate import calibrate
     from cctrain.apply.rehearse import rehearse, smaller
 
     log.info("measuring the parts of a step with %d rank(s), about 15 s", ranks)
     device = calibrate(config.model, config.training.precision, ranks)
-    small, short = smaller(config, replace(contexts, longest=None), ranks, device)
-    log.info("rehearsing steps of %s contexts of %s tokens", small.data.global_batch, f"{short.tokens:,.0f}")
+    small, short = smaller(config, contexts_of, ranks, device)
+    tokens = f"{short.tokens:,.0f}"
+    log.info("rehearsing steps of %s contexts of about %s tokens, about 15 s", small.data.global_batch, tokens)
     rehearsed, parts = rehearse(small, short, ranks), estimate(small, short, device, ranks)
     return replace(
         device,
@@ -77,10 +84,20 @@ def measure_here(config: Config, contexts: Contexts, ranks: int) -> Device:
     )
 
 
-def without_store(config: Config, tokens: int, genes: int) -> tuple[Config, Contexts]:
-    """As if every context had so many tokens, of which the objective's share are targets."""
+def contexts_from_store(config: Config, store: TokenStore) -> Contexts:
+    return look_at_store(config, store)[1]
+
+
+def without_store(config: Config, tokens: int) -> Config:
+    """As if every context had so many tokens."""
     held = -(-tokens // config.parallel.context)
-    config.data.micro_batch_tokens = config.data.micro_batch_tokens or max(DEFAULT_MICRO_BATCH_TOKENS, held)
-    if config.model.cell_encoding is None:
-        config.model.cell_encoding = 0
-    return config, Contexts(tokens, tokens * config.objective.target_rate, genes)
+    encoding = config.model.cell_encoding or 0
+    micro_batch = config.data.micro_batch_tokens or max(DEFAULT_MICRO_BATCH_TOKENS, held)
+    data = replace(config.data, max_tokens=tokens, micro_batch_tokens=micro_batch)
+    return replace(config, data=data, model=replace(config.model, cell_encoding=encoding))
+
+
+def contexts_without_store(config: Config, genes: int) -> Contexts:
+    """All of `data.max_tokens` tokens, of which the objective's share are targets."""
+    tokens = config.data.max_tokens or 0
+    return Contexts(tokens, tokens * config.objective.target_rate, genes)

@@ -1,23 +1,25 @@
-"""A training's own steps on this machine, on made-up contexts, before there is a run: `cctrain estimate` goes by them.
+"""A training's own steps on this machine, before there is a run: `cctrain estimate` goes by them.
 
-What a step takes beyond its parts (starting operations, DeepSpeed's hooks, caches that are cold) no closed form knows.
-So the real step is taken for some seconds, by as many ranks, in the training's own shape, and compared with what the
-closed form says of it. Where a step would take long, or the model is large, the rehearsal is smaller: fewer
-micro-batches, fewer contexts in each, shorter ones, fewer layers; the closed form leads from there to the whole.
+What a step takes beyond its parts (starting operations, DeepSpeed's hooks, caches that are cold) no closed form knows,
+nor what a process comes to hold beyond its tensors: contexts have ever other lengths, and a CPU's heap keeps room for
+them in pieces. So the training's own loop runs for some seconds, on as many ranks, and is compared with what the
+closed form says of it. It takes the contexts of the store; where there is none yet, made-up ones. Where a step would
+take long, or the model is large, the rehearsal is smaller: fewer contexts, shorter ones, fewer layers; the closed form
+leads from there to the whole.
 """
 
 import copy
-import ctypes
 import json
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,22 +32,19 @@ from cctrain.cost.estimate import estimate
 from cctrain.cost.parameters import num_parameters
 from cctrain.cost.work import Contexts
 from cctrain.data.loading.batches import Batch
-from cctrain.data.loading.loader import RankStep
-from cctrain.data.store.store import GeneTable
-from cctrain.parallel.mesh import Mesh, join_mesh
+from cctrain.data.loading.loader import Loader, RankStep
+from cctrain.data.loading.order import Order
+from cctrain.data.store.store import GeneTable, open_store
+from cctrain.parallel.mesh import Mesh, join_mesh, sum_over_ranks
 from cctrain.process_memory import resident
+from cctrain.training.data import share_of, training_order, training_rule
 from cctrain.training.engine import build_engine
-from cctrain.training.loop import train_step
+from cctrain.training.loop import run_steps
 from cctrain.training.train import build_model
 
-LONGEST_STEP, SECONDS_OF_STEPS, MOST_STEPS, STEPS_FOR_MEMORY = 2.0, 6.0, 40, 2
+LONGEST_STEP, SECONDS_OF_STEPS, FEWEST_STEPS, MOST_STEPS = 2.0, 12.0, 6, 60
 SHORTEST, MOST_PARAMETERS = 4096, 50_000_000
 SECONDS_BETWEEN_LOOKS = 0.005
-# glibc's mallopt: bytes of free memory at the heap's end, and of a block, that are given back. At once, so that what is
-# resident is what is used; and what glibc comes to by itself, when the largest block that it may keep has been freed.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-AT_ONCE = {M_TRIM_THRESHOLD: 2**16, M_MMAP_THRESHOLD: 2**16}
-LATE = {M_TRIM_THRESHOLD: 2**26, M_MMAP_THRESHOLD: 2**25}
 
 
 @dataclass(frozen=True)
@@ -56,18 +55,21 @@ class Rehearsal:
     memory: float
 
 
-def smaller(config: Config, contexts: Contexts, ranks: int, device: Device) -> tuple[Config, Contexts]:
+def smaller(
+    config: Config, contexts_of: Callable[[Config], Contexts], ranks: int, device: Device
+) -> tuple[Config, Contexts]:
     """The same training with a step of `LONGEST_STEP` seconds at most, by the closed form, where that can be had."""
     config = copy.deepcopy(config)
-    model, data = config.model, config.data
+    model, data, contexts = config.model, config.data, contexts_of(config)
     rows = ranks // config.parallel.context
     while num_parameters(model, contexts.genes) > MOST_PARAMETERS and model.depth > 1:
         model.depth //= 2
     while estimate(config, contexts, device, ranks).seconds.total > LONGEST_STEP:
         if data.global_batch > rows:
             data.global_batch = max(rows, data.global_batch // 2)
-        elif contexts.tokens > SHORTEST * config.parallel.context:
-            contexts = replace(contexts, tokens=contexts.tokens / 2, targets=contexts.targets / 2)
+        elif contexts.tokens > SHORTEST * config.parallel.context and (data.max_tokens or 0) > 1:
+            data.max_tokens = (data.max_tokens or 0) // 2
+            contexts = contexts_of(config)
         elif model.depth > 1:
             model.depth //= 2
         else:
@@ -88,28 +90,48 @@ def take_steps(config: Config, contexts: Contexts, mesh: Mesh) -> Rehearsal:
     """What one of the ranks does."""
     import mlflow.store.tracking.sqlalchemy_store  # noqa: F401 (which the first rank of a training holds, too)
 
-    give_memory_back(AT_ONCE)  # from the start: in what a heap once kept, later blocks find room
-    engine = build_engine(build_model(config, made_up_genes(contexts.genes), mesh), config, mesh)
-    step = RankStep(0, config.data.global_batch, made_up_batches(config, contexts, mesh))
-
-    def seconds_of_a_step() -> float:
-        """The slowest rank's; the same on all."""
-        dist.barrier()
-        started = time.perf_counter()
-        train_step(engine, config, mesh, step, 1, list)
-        taken = torch.tensor(time.perf_counter() - started, dtype=torch.float64, device=mesh.device)
-        dist.all_reduce(taken, dist.ReduceOp.MAX)
-        return float(taken)
-
+    config.training.steps, seconds = MOST_STEPS, []
     with most_memory(mesh.device) as most:
-        for _ in range(STEPS_FOR_MEMORY):
-            seconds_of_a_step()
-    give_memory_back(LATE)
-    first = min(seconds_of_a_step() for _ in range(2))
-    seconds = median(seconds_of_a_step() for _ in range(max(3, min(MOST_STEPS, int(SECONDS_OF_STEPS / first)))))
+        genes, loader, order = from_store(config, mesh) if has_store(config) else made_up(config, contexts, mesh)
+        engine = build_engine(build_model(config, genes, mesh), config, mesh)
+        with closing(run_steps(engine, config, mesh, loader, order)) as steps:
+            for step in steps:
+                seconds.append(step.values["step_seconds"] - step.values["data_seconds"])
+                taken = sum_over_ranks([sum(seconds)], mesh.device)[0] / mesh.num_ranks
+                if step.step >= FEWEST_STEPS and taken > SECONDS_OF_STEPS:
+                    break
     memory = torch.tensor(most[0], dtype=torch.float64, device=mesh.device)
     dist.all_reduce(memory, dist.ReduceOp.MAX)
-    return Rehearsal(seconds, float(memory))
+    return Rehearsal(median(seconds[len(seconds) // 2 :]), float(memory))
+
+
+def has_store(config: Config) -> bool:
+    """A configuration that was looked at without a store has no digest of one."""
+    return config.data.digest is not None
+
+
+def from_store(config: Config, mesh: Mesh) -> tuple[GeneTable, Loader, Order]:
+    store = open_store(Path(config.data.store), config.data.digest)
+    loader = Loader(store, training_rule(config, store), share_of(mesh), config.data.micro_batch_tokens or 0)
+    return store.genes, loader, training_order(config, loader)
+
+
+def made_up(config: Config, contexts: Contexts, mesh: Mesh) -> tuple[GeneTable, Any, Any]:
+    config.data.workers = 0
+    return made_up_genes(contexts.genes), MadeUpLoader(config, contexts, mesh), None
+
+
+@dataclass(frozen=True)
+class MadeUpLoader:
+    """In place of a store's: every step has the same contexts, all of them mean ones."""
+
+    config: Config
+    contexts: Contexts
+    mesh: Mesh
+
+    def training_steps(self, order: None, global_batch: int, position: int, num_steps: int) -> Iterator[RankStep]:
+        batches = made_up_batches(self.config, self.contexts, self.mesh)
+        yield from repeat(RankStep(position, global_batch, batches), num_steps)
 
 
 def made_up_genes(number: int) -> GeneTable:
@@ -178,13 +200,6 @@ def most_memory(device: torch.device) -> Iterator[list[float]]:
         ended.set()
         looking.join()
     found.append(float(max(seen)))
-
-
-def give_memory_back(thresholds: dict[int, int]) -> None:
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # glibc
-        for option, value in thresholds.items():
-            libc.mallopt(option, value)
 
 
 if __name__ == "__main__":

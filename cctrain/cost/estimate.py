@@ -180,8 +180,7 @@ def as_text(found: Estimate, token_budget: float | None = None) -> str:
         f"{needs.contexts.targets:,.0f} of them targets; {work.micro_batches} micro-batch(es) a rank, "
         f"of up to {work.most.tokens:,.0f} tokens",
         f"memory    {size(found.memory)} a rank: {verdict(found)}",
-        f"          the other {size(found.device.memory - found.usable)} are left to the allocator's fragmentation"
-        + (": on a CPU 0.2 to 0.7 GB a rank so far (cctrain/cost/README.md)" if found.device.kind == "cpu" else ""),
+        f"          the other {size(found.device.memory - found.usable)} are left to the allocator's fragmentation",
         "          state "
         + ", ".join(f"{name} {size(part)}" for name, part in zip(names, state_of, strict=True) if part)
         + f"; in backward {size(kept.backward)}, in the optimizer's step {size(kept.step)}",

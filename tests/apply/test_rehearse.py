@@ -1,12 +1,15 @@
 """What a rehearsal takes steps of: the training's own shape, or a smaller one where that would take long."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
+from cctrain.apply.estimate import contexts_without_store
 from cctrain.apply.rehearse import LONGEST_STEP, MOST_PARAMETERS, made_up_batches, smaller
 from cctrain.config import Config, ModelConfig
 from cctrain.cost.devices import load_device
@@ -58,25 +61,30 @@ def test_targets_are_hidden_and_within_their_contexts():
     assert (batch.targets < 1000).sum() == 60
 
 
+def contexts_without_store_of(genes: int) -> Callable[[Config], Contexts]:
+    return partial(contexts_without_store, genes=genes)
+
+
 def test_a_training_with_short_steps_is_rehearsed_as_it_is():
-    config, contexts = training(), Contexts(1000, 60, 50)
-    assert smaller(config, contexts, 1, load_device("h100", "fp32")) == (config, contexts)
+    config = training(max_tokens=1000)
+    found = smaller(config, contexts_without_store_of(50), 1, load_device("h100", "fp32"))
+    assert found == (config, contexts_without_store(config, 50))
 
 
 def test_one_with_long_steps_is_rehearsed_with_less_of_everything_and_itself_not_changed():
-    config, contexts = training(global_batch=64), Contexts(1_000_000, 50_000, 20_000)
+    config, contexts_of = training(global_batch=64, max_tokens=1_000_000), contexts_without_store_of(20_000)
     slow = load_device("h100", "fp32")
     slow = replace(slow, products=slow.products / 1000, attention=slow.attention / 1000)
     before = copy.deepcopy(config)
-    assert estimate(config, contexts, slow, 2).seconds.total > 10 * LONGEST_STEP
-    small, short = smaller(config, contexts, 2, slow)
+    assert estimate(config, contexts_of(config), slow, 2).seconds.total > 10 * LONGEST_STEP
+    small, short = smaller(config, contexts_of, 2, slow)
     assert estimate(small, short, slow, 2).seconds.total <= LONGEST_STEP
     assert config == before
-    assert short.targets / short.tokens == contexts.targets / contexts.tokens
+    assert (small.data.global_batch, short.tokens) == (2, small.data.max_tokens)
 
 
 def test_a_model_too_large_for_a_rehearsal_has_fewer_layers_there():
-    config = training()
+    config = training(max_tokens=1000)
     config.model.width, config.model.depth = 512, 48
-    small, _ = smaller(config, Contexts(1000, 60, 50), 1, load_device("h100", "fp32"))
+    small, _ = smaller(config, contexts_without_store_of(50), 1, load_device("h100", "fp32"))
     assert num_parameters(small.model, 50) <= MOST_PARAMETERS < num_parameters(config.model, 50)
