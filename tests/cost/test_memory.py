@@ -130,6 +130,12 @@ def grown(setting: Setting, **to: object) -> Setting:
     return replace(setting, model=replace(setting.model, **of_model), **of_setting)
 
 
+def test_deepspeed_reduces_as_many_numbers_at_once_as_the_formula_says_where_nobody_chose():
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    assert DeepSpeedZeroConfig().reduce_bucket_size == LARGEST_BUCKET
+
+
 @pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.parametrize(
