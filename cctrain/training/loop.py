@@ -135,21 +135,33 @@ def train_step(
         local_loss += losses.detach().double().sum()
     # One collective for both: whether to stop is agreed by all ranks at every step, and costs nothing.
     total, *agreed = sum_over_ranks([float(local_loss), *requests()], mesh.device)
-    tokens = counts[:, 2].tolist()
     values = {
         "loss": total / max(1, step_targets),
         "grad_norm": norm,
-        "tokens": sum(tokens),
-        "contexts": len(counts),
-        "targets": step_targets,
-        "accumulation": len(rank_step.batches),
-        "packing_efficiency": packing_efficiency(slices[:, 2], slices[:, 4], slices[:, 5], mesh.num_ranks),
-        "samples": samples_digest(counts[:, :2].cpu().numpy()),
-        **step_cost(config.model, tokens, step_targets, config.memory.checkpointing, config.parallel.zero_stage),
-        **step_traffic(config, len(engine.module.log_share), len(counts), len(rank_step.batches), mesh.num_ranks),
+        **load_of_step(config, slices, counts, len(engine.module.log_share), len(rank_step.batches), mesh.num_ranks),
     }
     position = rank_step.position + rank_step.num_contexts
     return StepResult(step, position, counts[:, 1].tolist(), applied, agreed, values)
+
+
+def load_of_step(
+    config: Config, slices: torch.Tensor, counts: torch.Tensor, num_genes: int, accumulation: int, num_ranks: int
+) -> dict[str, Any]:
+    """What the journal says of the contexts of a step: how many and which, how they were packed, what they cost.
+
+    slices int64 (contexts · C, 6) of all ranks, counts int64 (contexts, 4) as `whole_contexts` gives them.
+    """
+    tokens, targets = counts[:, 2].tolist(), int(counts[:, 3].sum())
+    return {
+        "tokens": sum(tokens),
+        "contexts": len(counts),
+        "targets": targets,
+        "accumulation": accumulation,
+        "packing_efficiency": packing_efficiency(slices[:, 2], slices[:, 4], slices[:, 5], num_ranks),
+        "samples": samples_digest(counts[:, :2].cpu().numpy()),
+        **step_cost(config.model, tokens, targets, config.memory.checkpointing, config.parallel.zero_stage),
+        **step_traffic(config, num_genes, len(counts), accumulation, num_ranks),
+    }
 
 
 def samples_digest(pairs: np.ndarray) -> str:
