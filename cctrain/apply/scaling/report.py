@@ -73,7 +73,8 @@ the most. FLOPs are by the closed form, recomputation included.
 Intervals are at 95 % (Student's t): they hold the noise from point to point, and not what a law leaves out. Sums of
 terms are fitted to relative errors, with coefficients that are not negative, since each is time that something takes.
 A crossover is *measured* when it lies between two measured lengths (straight line between logarithms), and
-*extrapolated*, by the fitted laws, when it does not."""
+*extrapolated*, by the fitted laws, when it does not. Where these meet between measured lengths although the curves do
+not cross, that is said."""
 
 
 def in_order(rows: Iterable[Row]) -> list[Row]:
@@ -100,8 +101,12 @@ def crossover_in_words(found: dict[str, Any]) -> str:
     if found["verdict"] == "never":
         beyond = ", nor by the laws beyond" if found["by_laws"] else ""
         return f"dense is not slower at n = {found['to']:,}, the longest measured of both{beyond}"
-    kind = "measured" if found["verdict"] == "measured" else f"extrapolated by the laws; measured was {common}"
-    return f"dense is slower from n = {found['tokens']:,.0f} on ({kind})"
+    how = {
+        "measured": "measured",
+        "fitted": f"where the laws meet; the curves, measured at {common}, do not cross there",
+        "extrapolated": f"extrapolated by the laws; measured was {common}",
+    }[found["verdict"]]
+    return f"dense is slower from n = {found['tokens']:,.0f} on ({how})"
 
 
 def _setting_in_words(rows: list[Row], settings: dict[str, Any]) -> str:
