@@ -14,7 +14,7 @@ import logging
 import os
 import platform
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,7 @@ def scaling(
         repeats or MOST_REPEATS,
         rate["flops_per_second"],
         digest_of(settings),
+        command_text(config_file, overrides or [], grid, budget, repeats, genes),
     )
     folder = out or Path(f"{config.run.dir}-scaling")
     if dry_run:
@@ -116,6 +117,20 @@ def scaling(
     }
     where = [f"MLflow: cctrain ui {shlex.quote(str(folder))}"] if identity else []
     return result, "\n".join([summary(folder, rows, found), *where])
+
+
+def command_text(
+    config_file: Path,
+    overrides: list[str],
+    grid: Grid,
+    budget: float | None = None,
+    repeats: int | None = None,
+    genes: int | None = None,
+) -> str:
+    """What decides which points are measured, and how; the folder does not."""
+    options = {**asdict(grid), "budget": budget, "repeats": repeats, "genes": genes}
+    given = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    return strip_credentials(shlex.join(["cctrain", "scaling", str(config_file), *overrides, *given]))
 
 
 def check_scalable(config: Config) -> None:

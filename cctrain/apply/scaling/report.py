@@ -3,6 +3,7 @@
 import csv
 import io
 import platform
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -123,8 +124,18 @@ def _setting_in_words(rows: list[Row], settings: dict[str, Any]) -> str:
             "",
             "Machine: " + ", ".join(f"{key} {value}" for key, value in machine.items() if value is not None) + ".",
             f"Commit: {', '.join(commits)}. Report made with Python {platform.python_version()}.",
+            "",
+            *_commands(rows),
         ]
     )
+
+
+def _commands(rows: list[Row]) -> list[str]:
+    """Points did not always say it."""
+    lines = ["Points by the command that made them:", ""]
+    for command, points in Counter(row.get("command") for row in rows).items():
+        lines.append(f"- {points}: " + (f"`{command}`" if command else "it was not kept with them"))
+    return lines
 
 
 def _attention(found: dict[str, Any]) -> str:
