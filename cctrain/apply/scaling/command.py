@@ -27,7 +27,7 @@ from cctrain.apply.scaling.processes import in_new_processes
 from cctrain.apply.scaling.report import crossover_in_words, csv_text, exponent_in_words, report_text
 from cctrain.apply.scaling.sweep import Plan, forecast, seconds_to_go, sweep
 from cctrain.apply.scaling.tracking import track
-from cctrain.apply.scaling.work import DTYPES, TARGET_SHARE, Setting, matrix_product
+from cctrain.apply.scaling.work import PRECISIONS, TARGET_SHARE, Setting, matrix_product
 from cctrain.config import Config, ModelConfig, load_config, to_yaml
 from cctrain.errors import UsageError
 from cctrain.parallel.mesh import find_device_kind
@@ -138,9 +138,9 @@ def check_scalable(config: Config) -> None:
         raise UsageError(
             "a sweep measures criss-cross models, and dense controls anyway: set model.attention=criss_cross"
         )
-    if config.training.precision not in DTYPES:
+    if config.training.precision not in PRECISIONS:
         raise UsageError(
-            f"training.precision={config.training.precision} cannot be measured: choose {' or '.join(DTYPES)}"
+            f"training.precision={config.training.precision} cannot be measured: choose {' or '.join(PRECISIONS)}"
         )
     if config.tracking.uri is not None:
         check_configured_uri(config.tracking.uri)  # now, not after hours of measuring
