@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from cctrain.apply.scaling.analysis import FIT_FROM, analyse
+from cctrain.apply.scaling.analysis import FIT_FROM, THEORY, analyse
 from cctrain.apply.scaling.measure import MOST_REPEATS, depth_of_as_many_parameters, seconds_of
 from cctrain.apply.scaling.points import Row, adopt_settings, digest_of, points_of, read_points
 from cctrain.apply.scaling.processes import in_new_processes
@@ -202,11 +202,7 @@ def write_results(folder: Path, rows: dict[str, Row], found: dict[str, Any], set
 def summary(folder: Path, rows: dict[str, Row], found: dict[str, Any]) -> str:
     left_out = sum("left_out" in row for row in rows.values())
     lines = [f"{len(rows) - left_out} points measured, {left_out} left out"]
-    for name in ("n·M", "n", "M"):
-        lines.append(f"attention, exponent of {name}: {exponent_in_words(found['attention'][name])}")
-    for name, law in found["attention"].items():
-        if "dense" in name:
-            lines.append(f"attention, exponent of {name}: {exponent_in_words(law)}")
+    lines += [f"attention, exponent of {name}: {exponent_in_words(found['attention'][name])}" for name in THEORY]
     lines += [
         f"M = {entry['latents']}, {entry['against'].replace('_', ' ')}: {crossover_in_words(entry)}"
         for entry in found["crossovers"]

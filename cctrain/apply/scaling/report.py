@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from cctrain.apply.scaling.analysis import one_and_several
+from cctrain.apply.scaling.analysis import THEORY, one_and_several
 from cctrain.apply.scaling.points import CRISS_CROSS, DENSE, Row
 from cctrain.apply.scaling.processes import threads_of_a_rank
 from cctrain.config import ModelConfig
@@ -142,7 +142,7 @@ def _attention(found: dict[str, Any]) -> str:
     lines = [f"Time of attention alone, contexts of {found['fit_from']:,} tokens and more, as a power of"]
     lines += ["", "| | exponent (95 %) | theory | away | R² | points |", "|---|---|---|---|---|---|"]
     for name, law in found["attention"].items():
-        theory = 2 if "dense" in name else 1
+        theory = THEORY.get(name, 1)
         rest = f"{law['exponent'] - theory:+.3f} | {law['r_squared']:.4f} | {law['points']}" if law else "| |"
         lines.append(f"| {name} | {exponent_in_words(law)} | {theory} | {rest} |")
     lines += ["", "`n` and `M` alone: one exponent for all points, with a factor of its own for each M, or each n."]
