@@ -38,11 +38,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from cctrain.model import attention
+from cctrain.training.engine import DTYPES
 from tools.compare_simpler_flash import INSTALL, load_simpler_flash
 from tools.record import add_out, circumstances, keep
 
 GPU_SDPA = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

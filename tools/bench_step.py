@@ -49,7 +49,7 @@ from cctrain.apply.scaling.measure import (
 )
 from cctrain.apply.scaling.points import DENSE
 from cctrain.apply.scaling.processes import LEFT_OUT, in_new_processes
-from cctrain.apply.scaling.work import DTYPES, Setting
+from cctrain.apply.scaling.work import PRECISIONS, Setting
 from cctrain.config import MemoryConfig, ModelConfig
 from cctrain.model.tiles import TILE_TOKENS
 from cctrain.parallel.mesh import find_device_kind
@@ -124,7 +124,7 @@ def parse(device: str) -> argparse.Namespace:
         "--depth", type=int, default=default["depth"], help=f"layers of the criss-cross model; {default['depth']}"
     )
     parser.add_argument("--genes", type=int, default=2000, help="rows of the gene table; 2000, so that it costs little")
-    parser.add_argument("--dtype", choices=DTYPES, default=default["dtype"], help=f"of weights; {default['dtype']}")
+    parser.add_argument("--dtype", choices=PRECISIONS, default=default["dtype"], help=f"of weights; {default['dtype']}")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward")
     parser.add_argument("--tile-tokens", type=int, metavar="N", help=f"in a tile; {TILE_TOKENS[device]}")
     parser.add_argument(

@@ -6,10 +6,10 @@
 First the quick start trains --trained-steps steps. Their lines, in turn, are those of every journal here, and their
 median time is that of a step.
 
-The share: a process does every step what the first rank of a training does for tracking: it observes itself and its
-node and writes the line, with the live projection beside it. All its processor time counts, that of the projection's
-thread too, which a training lacks where all cores are its own. What happens once, before the first step and behind the
-last, is told apart.
+The share: a process does every step what the first rank of a training does for tracking: it works out what the step
+cost, how it was packed and which samples it took, observes itself and its node and writes the line, with the live
+projection beside it. All its processor time counts, that of the projection's thread too, which a training lacks where
+all cores are its own. What happens once, before the first step and behind the last, is told apart.
 
 The long journal has so many steps and attempts, each of which repeats the last 100 steps of the one before. It is sent
 to a new SQLite database as `cctrain sync` does, twice; the second time nothing may be added. With --every-step a third
@@ -26,10 +26,14 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cctrain.parallel.mesh import join_mesh
+from cctrain.run_directory import open_run
 from cctrain.tracking.content import metrics_of
 from cctrain.tracking.journal import Journal
 from cctrain.tracking.projection import LiveProjection, project
+from cctrain.training.loop import load_of_step
 from cctrain.training.observations import Observer
 from tools.journals import prolong, train, values
 from tools.record import add_out, circumstances, keep
@@ -38,6 +42,7 @@ QUICK_START = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 STEPS_ALONE = ("evaluation.every=0", "checkpoint.every=0")
 REPEATED = 100
 EXPERIMENT = "bench"
+FLOPS_PER_SECOND = 1e11  # of a machine
 SYNC_BOUND_SECONDS, SHARE_BOUND = 300.0, 0.01
 
 
@@ -80,11 +85,11 @@ def follow_live(
 
     Raises RuntimeError if a step has not arrived after two minutes.
     """
-    database = run_dir.parent / "live.db"
+    database, run = run_dir.parent / "live.db", open_run(trained)
     prolong(run_dir, trained, (1, 0, None))
     journal = Journal(run_dir, attempt=1)
     live = LiveProjection(run_dir, f"sqlite:///{database}", EXPERIMENT)
-    seconds: dict[str, list[float]] = {"processor": [], "elapsed": []}
+    seconds: dict[str, list[float]] = {"load": [], "processor": [], "elapsed": []}
     with join_mesh() as mesh:
         observer = Observer(mesh.device)
         live.start()
@@ -92,8 +97,12 @@ def follow_live(
         wait_until_idle(thread, run_dir / "mlflow.json")
         begun = processor_seconds(thread)
         for step in range(1, num_steps + 1):
-            started, started_processor = time.perf_counter(), time.thread_time()
             line = values(lines[(step - 1) % len(lines)])
+            slices, accumulation = slices_of(line), line["accumulation"]
+            started, started_processor = time.perf_counter(), time.thread_time()
+            line |= load_of_step(run.config, slices, slices[:, :4], len(run.gene_ids), accumulation, mesh.num_ranks)
+            line["utilisation"] = line["cost/total_flops"] / line["step_seconds"] / FLOPS_PER_SECOND
+            seconds["load"].append(time.thread_time() - started_processor)
             observed = observer.observe(line["data_seconds"], line["communication_seconds"])
             journal.write("step", step, **line | observed)
             seconds["processor"].append(time.thread_time() - started_processor)
@@ -111,11 +120,20 @@ def follow_live(
         "step_seconds": step_seconds,
         "training_thread_median_seconds_a_step": statistics.median(seconds["elapsed"]),
         "training_thread_processor_seconds_a_step": training,
+        "of_these_for_what_the_step_cost": statistics.fmean(seconds["load"]),
         "projection_processor_seconds_a_step": projection,
         "share": (training + projection) / step_seconds,
         "processor_seconds_before_the_first_step": begun,
         "processor_seconds_behind_the_last_step": ending,
     }
+
+
+def slices_of(line: dict[str, Any]) -> torch.Tensor:
+    """int64 (contexts, 6), as the ranks of a training, here one, tell each other of a step with as many contexts."""
+    number = torch.arange(line["contexts"])
+    tokens, targets = ((line[of] + number) // len(number) for of in ("tokens", "targets"))  # in equal parts
+    micro_batch = number * line["accumulation"] // len(number)
+    return torch.stack((number, number, tokens, targets, micro_batch, torch.zeros_like(number)), dim=1)
 
 
 def sync_long(run_dir: Path, trained: Path, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -171,7 +189,8 @@ def summary(result: dict[str, Any]) -> str:
     lines = [
         f"{result['metrics']} metrics a step of {live['step_seconds']:.3f} s: the training's thread takes "
         f"{live['training_thread_processor_seconds_a_step'] * 1e3:.2f} ms of a processor "
-        f"({live['training_thread_median_seconds_a_step'] * 1e3:.2f} ms pass), the projection's "
+        f"({live['of_these_for_what_the_step_cost'] * 1e3:.2f} for what the step cost; "
+        f"{live['training_thread_median_seconds_a_step'] * 1e3:.2f} ms pass), the projection's "
         f"{live['projection_processor_seconds_a_step'] * 1e3:.2f} ms, together {live['share']:.2%} of the step "
         f"(asked: under {SHARE_BOUND:.0%})",
         f"once: {live['processor_seconds_before_the_first_step']:.1f} s of a processor beside the first steps, "

@@ -1,16 +1,24 @@
 """Change one number or operator of a cost formula at a time, and see that a test fails.
 
-    python -m tools.mutate_cost [--modules step,work] [--tests tests/cost] [--jobs N] [--out FILE]
+    python -m tools.mutate_cost [--modules step,work] [--tests tests/cost] [--slow] [--jobs N] [--out FILE]
     python -m tools.mutate_cost --dry-run
 
 In the modules of `cctrain/cost` with formulas + becomes -, * becomes /, and the other way round; a number n becomes
 n + 1, a large one or a fraction 2 n. Default values are left alone, for they are configuration, and what stands in
 f-strings, for it is words. Each mutant is a copy of the repository in a folder of its own, on which the quick tests
-run until one fails: those of the module's own file first, then those of files that name it.
+run until one fails: those of the module's own file first, then those of files that name it. With --slow, the slow tests
+run on what survives these.
 
-FILE keeps every mutation, as text of its line before and after, with the first test that failed, or null. The same
-command goes on where it was stopped; other modules are added. A mutation that survives changed a formula that no test
-looks at, or changed nothing: a person has to see which.
+FILE keeps every mutation, as text of its line before and after, with the first test that failed, or null, and how:
+
+    failed   in its assertions, or by an error that it met itself
+    error    while the test was collected or prepared, or the process of the tests ended
+    hang     killed after 20 minutes
+    unknown  one of these: the row was kept before this was told
+
+The same command goes on where it was stopped; other modules are added, and with --slow the survivors of the quick tests
+are tried again. A mutation that survives changed a formula that no test looks at, or changed nothing: a person has to
+see which.
 """
 
 import argparse
@@ -19,10 +27,12 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
@@ -40,7 +50,12 @@ COST = "cctrain/cost"
 MODULES = ("flops", "parameters", "memory", "traffic", "step_time", "step", "work", "plan", "devices", "estimate")
 COPIED = {"cctrain", "tests", "configs", "pyproject.toml"}
 SWAPPED = {ast.Add: (b"+", b"-"), ast.Sub: (b"-", b"+"), ast.Mult: (b"*", b"/"), ast.Div: (b"/", b"*")}
-KILLED_WHEN_HANGING = ("timeout", "-s", "KILL", "1200")  # tests that hang may have started ranks
+KILLED_WHEN_HANGING = ("timeout", "--verbose", "-s", "KILL", "1200")  # tests that hang may have started ranks
+QUICK, SLOW = "not slow", "slow"
+NO_TESTS = 5  # pytest's exit status
+HOW = {"FAILED": "failed", "ERROR": "error"}  # by pytest's words
+Verdict = dict[str, str | None]
+SURVIVED: Verdict = {"failed": None, "how": None}
 
 
 @dataclass(frozen=True, order=True)
@@ -61,6 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modules", default=",".join(MODULES), help="separated by commas (default: all)")
     parser.add_argument("--tests", default="tests/cost", help="files and folders, with commas (default: %(default)s)")
+    parser.add_argument("--slow", action="store_true", help="try slow tests on what survives the quick ones")
     parser.add_argument("--jobs", type=int, default=1, help="mutants at the same time (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="list the mutations and run nothing")
     add_out(parser)
@@ -75,29 +91,33 @@ def main() -> None:
         mutations = [mutation for module in modules for mutation in mutants(ROOT, module)]
         print("\n".join([*map(str, mutations), f"{len(mutations)} mutations"]))
         return
-    rows = mutate(ROOT, modules, tests, arguments.jobs, arguments.out)
+    rows = mutate(ROOT, modules, tests, arguments.slow, arguments.jobs, arguments.out)
     raise SystemExit(1 if any(row["failed"] is None for row in rows) else 0)
 
 
-def mutate(root: Path, modules: list[str], tests: list[str], jobs: int, out: Path | None) -> list[dict[str, Any]]:
+def mutate(
+    root: Path, modules: list[str], tests: list[str], slow: bool, jobs: int, out: Path | None
+) -> list[dict[str, Any]]:
     """Run the mutations of these modules that `out` does not have yet; returns the rows that it has then."""
     with tempfile.TemporaryDirectory(prefix="cctrain-original-") as folder, ThreadPoolExecutor(jobs) as pool:
         # The checkout may change in the hour that this takes.
         original = Path(shutil.copytree(root, folder, ignore=partial(left_out, root), dirs_exist_ok=True))
         wanted = {mutation: source for module in modules for mutation, source in mutants(original, module).items()}
-        kept = kept_rows(out, tests).items()
+        kept = kept_rows(out, tests, slow).items()
         rows = {mutation: row for mutation, row in kept if mutation in wanted or mutation.module not in modules}
         missing = [mutation for mutation in wanted if mutation not in rows]
         if missing:
-            check_tests(original, modules[0], tests)
+            check_tests(original, modules[0], tests, slow)
         started, commit = time.monotonic(), code_commit()
-        failures = pool.map(lambda one: first_failure(original, one.module, wanted[one], tests), missing)
-        for done, (mutation, failed) in enumerate(zip(missing, failures, strict=True), 1):
-            rows[mutation] = asdict(mutation) | {"failed": failed, "commit": commit}
-            keep(summary(rows, tests), out)
+        verdicts = pool.map(lambda one: judge(original, one.module, wanted[one], tests, slow), missing)
+        for done, (mutation, verdict) in enumerate(zip(missing, verdicts, strict=True), 1):
+            rows[mutation] = asdict(mutation) | verdict | {"commit": commit}
+            keep(summary(rows, tests, slow), out)
             left = (time.monotonic() - started) / done * (len(missing) - done)
-            print(f"{mutation}\n  {failed or 'SURVIVED'}\n{done} of {len(missing)}, {duration(left)} left", flush=True)
-    print(f"{summary(rows, tests)['verdict']} make a test fail")
+            said = f"{verdict['how']}: {verdict['failed']}" if verdict != SURVIVED else "SURVIVED"
+            print(f"{mutation}\n  {said}\n{done} of {len(missing)}, {duration(left)} left", flush=True)
+    found = summary(rows, tests, slow)
+    print(f"{found['verdict']} make a test fail ({', '.join(f'{how} {times}' for how, times in found['how'].items())})")
     return list(rows.values())
 
 
@@ -106,20 +126,32 @@ def left_out(root: Path, folder: str, names: list[str]) -> set[str]:
     return set(names) - COPIED if Path(folder) == root else {"__pycache__"}
 
 
-def kept_rows(out: Path | None, tests: list[str]) -> dict[Mutation, dict[str, Any]]:
+def kept_rows(out: Path | None, tests: list[str], slow: bool) -> dict[Mutation, dict[str, Any]]:
+    """What stands whatever the slow tests say is adopted from a file that was made without them."""
     if out is None or not out.exists():
         return {}
     kept = json.loads(out.read_text())
-    if kept["tests"] != tests:
-        raise SystemExit(f"{out} is of the tests {', '.join(kept['tests'])}: choose these, or another file")
-    return {Mutation(**{field.name: row[field.name] for field in fields(Mutation)}): row for row in kept["mutations"]}
+    with_slow = kept.get("slow", False)
+    if kept["tests"] != tests or (with_slow and not slow):
+        of = ", ".join(kept["tests"]) + (", with --slow" if with_slow else "")
+        raise SystemExit(f"{out} is of the tests {of}: choose these, or another file")
+    rows = [with_how(row) for row in kept["mutations"] if row["failed"] is not None or with_slow == slow]
+    return {Mutation(**{field.name: row[field.name] for field in fields(Mutation)}): row for row in rows}
 
 
-def summary(rows: dict[Mutation, dict[str, Any]], tests: list[str]) -> dict[str, Any]:
+def with_how(row: dict[str, Any]) -> dict[str, Any]:
+    """Rows were once kept without it."""
+    return {**row, "how": row.get("how", None if row["failed"] is None else "unknown")}
+
+
+def summary(rows: dict[Mutation, dict[str, Any]], tests: list[str], slow: bool) -> dict[str, Any]:
+    how = Counter(row["how"] for row in rows.values() if row["how"] is not None)
     return {
         "question": "does a test fail when one number or operator of a cost formula is changed?",
-        "verdict": f"{sum(row['failed'] is not None for row in rows.values())} of {len(rows)}",
+        "verdict": f"{how.total()} of {len(rows)}",
+        "how": dict(sorted(how.items())),
         "tests": tests,
+        "slow": slow,
         "mutations": [rows[mutation] for mutation in sorted(rows)],
         **circumstances("torch", "deepspeed", "pytest"),
     }
@@ -189,20 +221,23 @@ def is_text(node: ast.AST) -> bool:
 # The tests of a mutant
 
 
-def check_tests(original: Path, module: str, tests: list[str]) -> None:
+def check_tests(original: Path, module: str, tests: list[str], slow: bool) -> None:
     """They must pass, and be of the copy: else no verdict would mean anything."""
-    if failed := first_failure(original, module, (original / COST / f"{module}.py").read_bytes(), tests):
-        raise SystemExit(f"without any mutation {failed} fails")
-    if first_failure(original, module, b"raise ImportError", tests) is None:
+    unchanged = judge(original, module, (original / COST / f"{module}.py").read_bytes(), tests, slow)
+    if unchanged != SURVIVED:
+        raise SystemExit(f"without any mutation {unchanged['failed']} fails")
+    if judge(original, module, b"raise ImportError", tests, slow) == SURVIVED:
         raise SystemExit(f"no test of {', '.join(tests)} imports {COST}/{module}.py")
 
 
-def first_failure(original: Path, module: str, source: bytes, tests: list[str]) -> str | None:
-    """The first test that fails in a copy that has this source of the module."""
+def judge(original: Path, module: str, source: bytes, tests: list[str], slow: bool) -> Verdict:
+    """By the tests, in a copy that has this source of the module."""
     with tempfile.TemporaryDirectory(prefix="cctrain-mutant-") as folder:
         copy = Path(shutil.copytree(original, folder, dirs_exist_ok=True))
         (copy / COST / f"{module}.py").write_bytes(source)
-        return run_tests(copy, in_order(copy, module, tests))
+        files = in_order(copy, module, tests)
+        verdict = run_tests(copy, files, QUICK)
+        return run_tests(copy, files, SLOW) if slow and verdict == SURVIVED else verdict
 
 
 def in_order(copy: Path, module: str, tests: list[str]) -> list[str]:
@@ -213,18 +248,28 @@ def in_order(copy: Path, module: str, tests: list[str]) -> list[str]:
     return [str(file.relative_to(copy)) for file in files]
 
 
-def run_tests(copy: Path, files: list[str]) -> str | None:
+def run_tests(copy: Path, files: list[str], selection: str) -> Verdict:
     # No bytecode: of two mutants of the same size within a second Python would take the first one's for both.
     environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
-    options = ["-x", "-q", "-rfE", "-m", "not slow", "-p", "no:cacheprovider", "--tb=no"]
+    options = ["-x", "-v", "-rfE", "-m", selection, "-p", "no:cacheprovider", "--tb=no"]
     command = [*KILLED_WHEN_HANGING, sys.executable, "-m", "pytest", *options, *files]
     ran = subprocess.run(
         command, cwd=copy, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    if ran.returncode == 0:
-        return None
-    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", ran.stdout, re.MULTILINE)
-    return failed[1] if failed else f"pytest ends with {ran.returncode}: {ran.stdout.strip()[-300:]}"
+    return verdict_of(ran.returncode, ran.stdout, selection)
+
+
+def verdict_of(returncode: int, output: str, selection: str = QUICK) -> Verdict:
+    """Of a run of pytest with -v."""
+    none_chosen = selection == SLOW and returncode == NO_TESTS
+    if returncode == 0 or none_chosen:
+        return SURVIVED
+    before, killed, _ = output.rpartition("timeout: ")
+    if killed and returncode == -signal.SIGKILL:  # so it ends too where another killed the tests, but says nothing
+        return {"failed": before.rpartition("\n")[2].strip(), "how": "hang"}
+    if told := re.search(r"^(FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE):
+        return {"failed": told[2], "how": HOW[told[1]]}
+    return {"failed": f"pytest ends with {returncode}: {output.strip()[-300:]}", "how": "error"}
 
 
 if __name__ == "__main__":

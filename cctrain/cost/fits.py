@@ -5,7 +5,8 @@
                   orders of magnitude, and noise is a share of them: so least squares of *relative* errors, without
                   which the longest point alone would decide
     crossover     the n from which on one curve lies above another: between measured points by the straight line
-                  through their logarithms, beyond them by the fitted laws, and marked so
+                  through their logarithms, beyond them by the fitted laws, and marked so, as is where
+                  these meet between measured points although the curves do not cross
 
 Intervals are at 95 %, from Student's t: they say what noise that is independent from point to point does to a number,
 and nothing of a law that does not hold. Where points are too few for one it is None.
@@ -64,6 +65,7 @@ class Crossover:
 
     measured      between two measured lengths
     extrapolated  at shorter or longer ones, where the laws meet
+    fitted        where the laws meet within the measured lengths, although the curves do not cross there
     always        the second lies above at every measured length, and the laws do not meet
     never         the first lies above at the longest measured length, and the laws do not meet
     """
@@ -150,11 +152,9 @@ def crossover(
     meetings = _meetings(*laws) if laws else []
     if not meetings:
         return Crossover(None, "always" if above[-1] >= 0 else "never")
-    # Where the laws cross within the measured lengths and the curves do not, the nearer end is closest to both.
-    shortest, longest = np.exp(log_n[[0, -1]]).tolist()
-    if above[-1] >= 0:
-        return Crossover(max((n for n in meetings if n < shortest), default=shortest), "extrapolated")
-    return Crossover(min((n for n in meetings if n > longest), default=longest), "extrapolated")
+    shortest, longest = np.asarray(lengths, float)[[0, -1]]
+    beyond = [n for n in meetings if (n < shortest if above[-1] >= 0 else n > longest)]
+    return Crossover(max(beyond or meetings), "extrapolated" if beyond else "fitted")
 
 
 def _meetings(first: Sequence[float], second: Sequence[float]) -> list[float]:

@@ -1,5 +1,6 @@
 """What PyTorch really did: FLOPs by the operators it dispatched, bytes by its allocations; and small models for it."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate
@@ -7,6 +8,7 @@ from itertools import accumulate
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from cctrain.config import MemoryConfig, ModelConfig
@@ -51,6 +53,20 @@ def counted(run: Callable[[], object]) -> tuple[int, int]:
         run()
     of_operator = counter.get_flop_counts()["Global"]
     return counter.get_total_flops(), sum(of_operator.get(operator, 0) for operator in ATTENTION)
+
+
+class OperatorsGiving(TorchDispatchMode):
+    """How often each operator gave a tensor of this shape, by its name."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape, self.times = shape, Counter[str]()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        found = operator(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor) and found.shape == self.shape:
+            self.times[operator.overloadpacket.__name__] += 1
+        return found
 
 
 def most_allocated(run: Callable[[], object]) -> int:

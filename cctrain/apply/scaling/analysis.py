@@ -16,6 +16,8 @@ from cctrain.cost.fits import PowerLaw, SumOfTerms, crossover, power_law, sum_of
 FIT_FROM = 4096
 CRISS_CROSS_TERMS = ("n·M", "n", "M", "1")
 DENSE_TERMS = ("n²", "n", "1")
+# The exponents over all points, and what they should be; those for one M or one n should be 1.
+THEORY = {"n·M": 1, "n": 1, "M": 1} | {f"n, {name}": 2 for name in DENSE.values()}
 
 
 def analyse(rows: Iterable[Row], fit_from: int = FIT_FROM) -> dict[str, Any]:

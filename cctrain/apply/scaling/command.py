@@ -14,20 +14,20 @@ import logging
 import os
 import platform
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cctrain.apply.scaling.analysis import FIT_FROM, analyse
+from cctrain.apply.scaling.analysis import FIT_FROM, THEORY, analyse
 from cctrain.apply.scaling.measure import MOST_REPEATS, depth_of_as_many_parameters, seconds_of
 from cctrain.apply.scaling.points import Row, adopt_settings, digest_of, points_of, read_points
 from cctrain.apply.scaling.processes import in_new_processes
 from cctrain.apply.scaling.report import crossover_in_words, csv_text, exponent_in_words, report_text
 from cctrain.apply.scaling.sweep import Plan, forecast, seconds_to_go, sweep
 from cctrain.apply.scaling.tracking import track
-from cctrain.apply.scaling.work import DTYPES, TARGET_SHARE, Setting, matrix_product
+from cctrain.apply.scaling.work import PRECISIONS, TARGET_SHARE, Setting, matrix_product
 from cctrain.config import Config, ModelConfig, load_config, to_yaml
 from cctrain.errors import UsageError
 from cctrain.parallel.mesh import find_device_kind
@@ -94,6 +94,7 @@ def scaling(
         repeats or MOST_REPEATS,
         rate["flops_per_second"],
         digest_of(settings),
+        command_text(config_file, overrides or [], grid, budget, repeats, genes),
     )
     folder = out or Path(f"{config.run.dir}-scaling")
     if dry_run:
@@ -118,14 +119,28 @@ def scaling(
     return result, "\n".join([summary(folder, rows, found), *where])
 
 
+def command_text(
+    config_file: Path,
+    overrides: list[str],
+    grid: Grid,
+    budget: float | None = None,
+    repeats: int | None = None,
+    genes: int | None = None,
+) -> str:
+    """What decides which points are measured, and how; the folder does not."""
+    options = {**asdict(grid), "budget": budget, "repeats": repeats, "genes": genes}
+    given = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    return strip_credentials(shlex.join(["cctrain", "scaling", str(config_file), *overrides, *given]))
+
+
 def check_scalable(config: Config) -> None:
     if config.model.attention != "criss_cross":
         raise UsageError(
             "a sweep measures criss-cross models, and dense controls anyway: set model.attention=criss_cross"
         )
-    if config.training.precision not in DTYPES:
+    if config.training.precision not in PRECISIONS:
         raise UsageError(
-            f"training.precision={config.training.precision} cannot be measured: choose {' or '.join(DTYPES)}"
+            f"training.precision={config.training.precision} cannot be measured: choose {' or '.join(PRECISIONS)}"
         )
     if config.tracking.uri is not None:
         check_configured_uri(config.tracking.uri)  # now, not after hours of measuring
@@ -187,11 +202,7 @@ def write_results(folder: Path, rows: dict[str, Row], found: dict[str, Any], set
 def summary(folder: Path, rows: dict[str, Row], found: dict[str, Any]) -> str:
     left_out = sum("left_out" in row for row in rows.values())
     lines = [f"{len(rows) - left_out} points measured, {left_out} left out"]
-    for name in ("n·M", "n", "M"):
-        lines.append(f"attention, exponent of {name}: {exponent_in_words(found['attention'][name])}")
-    for name, law in found["attention"].items():
-        if "dense" in name:
-            lines.append(f"attention, exponent of {name}: {exponent_in_words(law)}")
+    lines += [f"attention, exponent of {name}: {exponent_in_words(found['attention'][name])}" for name in THEORY]
     lines += [
         f"M = {entry['latents']}, {entry['against'].replace('_', ' ')}: {crossover_in_words(entry)}"
         for entry in found["crossovers"]

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+from cctrain.apply.scaling.analysis import THEORY
 from cctrain.apply.scaling.points import CRISS_CROSS, DENSE, Row
 from cctrain.apply.scaling.report import exponent_in_words
 from cctrain.tracking.description import how_to_read, layers_in_words, signed
@@ -15,10 +16,10 @@ _OF_PARENT = {
     "95 % interval (`low`, `high`), the law of the whole step (`total`), and the n from which dense is slower "
     "(`crossover with …`)",
 }
+_CLOSED_FORM = "`n`, `M`, parameters and FLOPs by the closed form"
 _OF_POINT = {
     "speed": "measured: seconds of the step, of its attention and of the rest, medians after a step of warm-up",
-    "cost": "`n`, `M`, parameters and FLOPs by the closed form; measured are `memory_bytes` and "
-    "`attention_share_of_time`",
+    "cost": f"{_CLOSED_FORM}; measured are `memory_bytes` and `attention_share_of_time`",
 }
 
 
@@ -26,11 +27,7 @@ def sweep_description(rows: Iterable[Row], found: dict[str, Any], parameters: di
     """Of the parent run; `found` is what `analyse` says, `parameters` the flat configuration."""
     rows = list(rows)
     left_out = sum("left_out" in row for row in rows)
-    exponents = [
-        f"- attention, exponent of {name}: {exponent_in_words(law)}"
-        for name, law in found["attention"].items()
-        if "=" not in name
-    ]
+    exponents = [f"- attention, exponent of {name}: {exponent_in_words(found['attention'][name])}" for name in THEORY]
     missing = f"; {left_out} left out, and the tag `cctrain.left_out` of its child says why" if left_out else ""
     paragraphs = [
         "**What it is**: a scaling sweep. The time and memory of one training step were measured over n tokens and M "
@@ -62,7 +59,7 @@ def point_description(row: Row) -> str:
         f"transformer, {layers_in_words(row['depth'])}{latents}, on a random context of n = {row['tokens']:,} "
         f"tokens{ranks}.",
         result,
-        how_to_read(_OF_POINT if "step_seconds" in row else {"cost": _OF_POINT["cost"].partition(";")[0]}),
+        how_to_read(_OF_POINT if "step_seconds" in row else {"cost": _CLOSED_FORM}),
     ]
     return signed(paragraphs, SOURCE)
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 from cctrain.apply.scaling.measure import describe, predicted_seconds, times_of_repeats
 from cctrain.apply.scaling.points import Point, Row
-from cctrain.apply.scaling.work import DTYPES, Setting, num_targets
+from cctrain.apply.scaling.work import Setting, num_targets
 from cctrain.cost.memory import activations
 from cctrain.cost.parameters import num_parameters
-from cctrain.cost.work import Load
+from cctrain.cost.work import ELEMENT_BYTES, Load
 from cctrain.model.tiles import TILE_TOKENS
 
 SECONDS_TO_START = 8.0  # a process that imports torch and makes its first tiny step
@@ -44,7 +44,7 @@ def seconds_of_point(seconds: float, most_repeats: int) -> float:
 def bytes_of_point(point: Point, setting: Setting) -> float:
     """Of each rank: weights, gradients, two moments and the activations, all in the setting's precision."""
     model, tokens = point.model, -(-point.tokens // point.context_ranks)
-    element_bytes = DTYPES[setting.dtype].itemsize
+    element_bytes = ELEMENT_BYTES[setting.dtype]
     state = NUMBERS_A_PARAMETER * element_bytes * num_parameters(model, setting.num_genes)
     tile = setting.memory.tile_tokens or TILE_TOKENS[setting.device]
     load = Load(tokens, 1, num_targets(point.tokens) / point.context_ranks)

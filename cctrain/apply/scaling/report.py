@@ -3,10 +3,11 @@
 import csv
 import io
 import platform
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from cctrain.apply.scaling.analysis import one_and_several
+from cctrain.apply.scaling.analysis import THEORY, one_and_several
 from cctrain.apply.scaling.points import CRISS_CROSS, DENSE, Row
 from cctrain.apply.scaling.processes import threads_of_a_rank
 from cctrain.config import ModelConfig
@@ -73,7 +74,8 @@ the most. FLOPs are by the closed form, recomputation included.
 Intervals are at 95 % (Student's t): they hold the noise from point to point, and not what a law leaves out. Sums of
 terms are fitted to relative errors, with coefficients that are not negative, since each is time that something takes.
 A crossover is *measured* when it lies between two measured lengths (straight line between logarithms), and
-*extrapolated*, by the fitted laws, when it does not."""
+*extrapolated*, by the fitted laws, when it does not. Where these meet between measured lengths although the curves do
+not cross, that is said."""
 
 
 def in_order(rows: Iterable[Row]) -> list[Row]:
@@ -100,8 +102,12 @@ def crossover_in_words(found: dict[str, Any]) -> str:
     if found["verdict"] == "never":
         beyond = ", nor by the laws beyond" if found["by_laws"] else ""
         return f"dense is not slower at n = {found['to']:,}, the longest measured of both{beyond}"
-    kind = "measured" if found["verdict"] == "measured" else f"extrapolated by the laws; measured was {common}"
-    return f"dense is slower from n = {found['tokens']:,.0f} on ({kind})"
+    how = {
+        "measured": "measured",
+        "fitted": f"where the laws meet; the curves, measured at {common}, do not cross there",
+        "extrapolated": f"extrapolated by the laws; measured was {common}",
+    }[found["verdict"]]
+    return f"dense is slower from n = {found['tokens']:,.0f} on ({how})"
 
 
 def _setting_in_words(rows: list[Row], settings: dict[str, Any]) -> str:
@@ -118,15 +124,25 @@ def _setting_in_words(rows: list[Row], settings: dict[str, Any]) -> str:
             "",
             "Machine: " + ", ".join(f"{key} {value}" for key, value in machine.items() if value is not None) + ".",
             f"Commit: {', '.join(commits)}. Report made with Python {platform.python_version()}.",
+            "",
+            *_commands(rows),
         ]
     )
+
+
+def _commands(rows: list[Row]) -> list[str]:
+    """Points did not always say it."""
+    lines = ["Points by the command that made them:", ""]
+    for command, points in Counter(row.get("command") for row in rows).items():
+        lines.append(f"- {points}: " + (f"`{command}`" if command else "it was not kept with them"))
+    return lines
 
 
 def _attention(found: dict[str, Any]) -> str:
     lines = [f"Time of attention alone, contexts of {found['fit_from']:,} tokens and more, as a power of"]
     lines += ["", "| | exponent (95 %) | theory | away | R² | points |", "|---|---|---|---|---|---|"]
     for name, law in found["attention"].items():
-        theory = 2 if "dense" in name else 1
+        theory = THEORY.get(name, 1)
         rest = f"{law['exponent'] - theory:+.3f} | {law['r_squared']:.4f} | {law['points']}" if law else "| |"
         lines.append(f"| {name} | {exponent_in_words(law)} | {theory} | {rest} |")
     lines += ["", "`n` and `M` alone: one exponent for all points, with a factor of its own for each M, or each n."]

@@ -37,7 +37,8 @@ MeasurePoint = Callable[[Point, Setting, int], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Plan:
-    """`points` to have in the end; `product_rate`, FLOPs a second of a matrix product on this machine."""
+    """`points` to have in the end; `product_rate`, FLOPs a second of a matrix product on this machine; `command`, that
+    asks for them."""
 
     points: list[Point]
     setting: Setting
@@ -45,6 +46,7 @@ class Plan:
     most_repeats: int
     product_rate: float
     digest: str
+    command: str
 
 
 def measure_point(point: Point, setting: Setting, most_repeats: int) -> dict[str, Any]:
@@ -79,6 +81,7 @@ def sweep(folder: Path, plan: Plan, rows: dict[str, Row], measure_point: Measure
     missing, commit = to_measure(plan, rows), code_commit()
     for number, point in enumerate(missing, start=1):
         row = describe_point(point, plan.setting) | {"settings": plan.digest, "commit": commit, "began": _now()}
+        row["command"] = plan.command
         predicted = _predicted(row, rows, plan)
         reason = _reason_to_leave_out(point, row, rows, predicted, plan)
         if reason is None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cctrain.apply.scaling.analysis import CRISS_CROSS_TERMS
+from cctrain.apply.scaling.analysis import CRISS_CROSS_TERMS, THEORY
 from cctrain.apply.scaling.description import point_description, sweep_description
 from cctrain.apply.scaling.points import DENSE, Row
 from cctrain.run_directory import CONFIG, write_atomically
@@ -103,8 +103,8 @@ def point_metrics(row: Row) -> dict[str, float]:
 def fit_metrics(found: dict[str, Any]) -> dict[str, float]:
     """Exponents with their intervals, the law of the whole step, crossovers."""
     metrics: dict[str, float | None] = {}
-    for name, law in found["attention"].items():
-        if law is not None and "=" not in name:
+    for name in THEORY:
+        if (law := found["attention"][name]) is not None:
             of = _plain(f"attention in {name}")
             metrics |= {
                 f"cost/exponent of {of}": law["exponent"],

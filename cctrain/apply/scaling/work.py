@@ -23,16 +23,17 @@ from cctrain.model.tiles import TILE_TOKENS, cut_into_tiles
 from cctrain.model.transformer import Inputs, Transformer, initialize
 from cctrain.parallel.exchange import context_exchange
 from cctrain.parallel.mesh import Mesh
+from cctrain.training.engine import DTYPES
 from cctrain.training.objective import negative_log_likelihood
 
 TARGET_SHARE = 0.05
 MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = ("fp32", "bf16")  # fp16 would need its loss scaled
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all points have in common. `device` is `cpu` or `cuda`, `dtype` a key of DTYPES."""
+    """What all points have in common. `device` is `cpu` or `cuda`, `dtype` one of PRECISIONS."""
 
     device: str
     dtype: str

@@ -26,7 +26,7 @@ def a_plan(
     budget: float = 1e9,
 ) -> Plan:
     points = list(points_of(MODEL, 4, lengths, latents, list(context_ranks)))
-    return Plan(points, SETTING, budget, most_repeats=3, product_rate=1e11, digest=DIGEST)
+    return Plan(points, SETTING, budget, most_repeats=3, product_rate=1e11, digest=DIGEST, command="cctrain scaling")
 
 
 def timings(point: Point, noise: float = 1.0) -> dict[str, Any]:

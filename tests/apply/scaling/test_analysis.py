@@ -85,6 +85,12 @@ def test_without_short_contexts_the_crossover_is_extrapolated_and_the_words_say_
     assert "extrapolated by the laws; measured was 8,192 to 65,536" in crossover_in_words(crossing)
 
 
+def test_where_laws_meet_between_measured_lengths_and_curves_do_not_cross_the_words_say_so():
+    crossing = {"verdict": "fitted", "tokens": 1036.4, "from": 1024, "to": 65536, "by_laws": True}
+    words = "from n = 1,036 on (where the laws meet; the curves, measured at 1,024 to 65,536, do not cross there)"
+    assert crossover_in_words(crossing).endswith(words)
+
+
 def test_context_ranks_enter_no_fit():
     rows = rows_of(a_plan(context_ranks=(1, 2)))
     assert analyse(rows.values()) == analyse(rows_of(a_plan()).values())

@@ -104,6 +104,16 @@ def test_a_sweep_prints_its_exponents_and_where_the_report_is(arguments, tmp_pat
     assert "% of the time" in caplog.text
 
 
+def test_the_report_has_the_commands_that_made_its_points(arguments, tmp_path, quick_machine):
+    folder = tmp_path / "runs" / "tiny-scaling"
+    for options in (["--lengths=4096,8192"], ["--lengths=16384", "--budget=1200"]):
+        assert run(*arguments, *options) == 0
+    said = f"`cctrain scaling {arguments[0]} {arguments[1]} --lengths="
+    report = (folder / "report.md").read_text()
+    assert f"- 8: {said}4096,8192 --latents=4,8 --repeats=2`\n" in report
+    assert f"- 4: {said}16384 --latents=4,8 --budget=1200.0 --repeats=2`\n" in report
+
+
 def test_other_settings_in_the_same_folder_are_refused(arguments, capfd, quick_machine):
     assert run(*arguments, "--lengths=32") == 0
     assert run(*arguments, "--lengths=32", "model.depth=3") == 2
