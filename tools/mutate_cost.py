@@ -6,8 +6,8 @@
 In the modules of `cctrain/cost` with formulas + becomes -, * becomes /, and the other way round; a number n becomes
 n + 1, a large one or a fraction 2 n. Default values are left alone, for they are configuration, and what stands in
 f-strings, for it is words. Each mutant is a copy of the repository in a folder of its own, on which the quick tests
-run until one fails: those of the module's own file first, then those of files that name it. With --slow, the slow tests
-run on what survives these.
+run until one fails: those that failed for other mutants of the module first, then its own file, then those that name
+it. With --slow, the slow tests run on what survives these.
 
 FILE keeps every mutation, as text of its line before and after, with the first test that failed, or null, and how:
 
@@ -33,7 +33,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -109,7 +109,16 @@ def mutate(
         if missing:
             check_tests(original, modules[0], tests, slow)
         started, commit = time.monotonic(), code_commit()
-        verdicts = pool.map(lambda one: judge(original, one.module, wanted[one], tests, slow), missing)
+        caught: dict[str, dict[str, None]] = {module: {} for module in modules}  # the tests that failed, in order
+
+        def judged(mutation: Mutation) -> Verdict:
+            before = caught[mutation.module]
+            verdict = judge(original, mutation.module, wanted[mutation], tests, slow, list(before))
+            if verdict["how"] == "failed":
+                before[verdict["failed"] or ""] = None
+            return verdict
+
+        verdicts = pool.map(judged, missing)
         for done, (mutation, verdict) in enumerate(zip(missing, verdicts, strict=True), 1):
             rows[mutation] = asdict(mutation) | verdict | {"commit": commit}
             keep(summary(rows, tests, slow), out)
@@ -230,11 +239,15 @@ def check_tests(original: Path, module: str, tests: list[str], slow: bool) -> No
         raise SystemExit(f"no test of {', '.join(tests)} imports {COST}/{module}.py")
 
 
-def judge(original: Path, module: str, source: bytes, tests: list[str], slow: bool) -> Verdict:
-    """By the tests, in a copy that has this source of the module."""
+def judge(
+    original: Path, module: str, source: bytes, tests: list[str], slow: bool, likely: Sequence[str] = ()
+) -> Verdict:
+    """By the tests, in a copy that has this source of the module; first by those that are likely to fail."""
     with tempfile.TemporaryDirectory(prefix="cctrain-mutant-") as folder:
         copy = Path(shutil.copytree(original, folder, dirs_exist_ok=True))
         (copy / COST / f"{module}.py").write_bytes(source)
+        if likely and (verdict := run_tests(copy, likely, QUICK))["how"] == "failed":
+            return verdict
         files = in_order(copy, module, tests)
         verdict = run_tests(copy, files, QUICK)
         return run_tests(copy, files, SLOW) if slow and verdict == SURVIVED else verdict
@@ -248,7 +261,7 @@ def in_order(copy: Path, module: str, tests: list[str]) -> list[str]:
     return [str(file.relative_to(copy)) for file in files]
 
 
-def run_tests(copy: Path, files: list[str], selection: str) -> Verdict:
+def run_tests(copy: Path, files: Sequence[str], selection: str) -> Verdict:
     # No bytecode: of two mutants of the same size within a second Python would take the first one's for both.
     environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
     options = ["-x", "-v", "-rfE", "-m", selection, "-p", "no:cacheprovider", "--tb=no"]

@@ -94,6 +94,20 @@ def test_a_mutation_that_no_test_sees_survives_and_what_is_kept_is_not_run_again
         mutate(repository, ["area"], ["tests/cost"], False, 1, out)
 
 
+def test_what_caught_a_mutant_is_tried_first_on_the_next(repository, monkeypatch):
+    tried = []
+
+    def noted(copy, files, selection):
+        tried.append([Path(file).name for file in files])
+        return run_tests(copy, files, selection)
+
+    monkeypatch.setattr(mutate_cost, "run_tests", noted)
+    mutate(repository, ["area"], ["tests/cost"], slow=False, jobs=1, out=None)
+    everything, alone = ["test_area.py", "test_sign.py"], ["test_area.py::test_area"]
+    unchanged_and_broken = [everything, everything]
+    assert tried == [*unchanged_and_broken, everything, *[alone] * (NUMBER_OF_MUTATIONS - 1)]
+
+
 def test_a_test_that_cannot_be_prepared_is_an_error(repository):
     (repository / "tests/cost/test_area.py").write_text(PREPARED_BY_IT)
     rows = mutate(repository, ["area"], ["tests/cost/test_area.py"], False, 1, None)
