@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cctrain.config import Config, load_config
 from cctrain.cost.devices import Device, load_device, save_device
-from cctrain.cost.estimate import Estimate, estimate
+from cctrain.cost.estimate import Estimate, estimate, needs_of
 from cctrain.cost.work import Contexts
 from cctrain.data.store.store import TokenStore, open_store
 from cctrain.errors import UsageError
@@ -69,7 +69,7 @@ def check_file_to_save(path: Path, device_name: str | None) -> None:
 def measure_here(config: Config, contexts_of: Callable[[Config], Contexts], ranks: int) -> Device:
     """The rates of the parts of a step, and what a rehearsal takes and holds beside its own parts."""
     from cctrain.apply.calibrate import calibrate
-    from cctrain.apply.rehearse import rehearse, smaller
+    from cctrain.apply.rehearse import few_tokens, rehearse, smaller
 
     log.info("measuring the parts of a step with %d rank(s), about 15 s", ranks)
     device = calibrate(config.model, config.training.precision, ranks)
@@ -77,9 +77,11 @@ def measure_here(config: Config, contexts_of: Callable[[Config], Contexts], rank
     tokens = f"{short.tokens:,.0f}"
     log.info("rehearsing steps of %s contexts of about %s tokens, about 15 s", small.data.global_batch, tokens)
     rehearsed, parts = rehearse(small, short, ranks), estimate(small, short, device, ranks)
+    process = max(0.0, rehearsed.memory_of_few_tokens - needs_of(small, few_tokens(short), ranks, device.kind).memory)
     return replace(
         device,
-        process=max(0.0, rehearsed.memory - parts.needs.memory),
+        process=process,
+        held_over_needed=max(1.0, (rehearsed.memory - process) / parts.needs.memory),
         rehearsed_over_parts=rehearsed.seconds / parts.seconds.total,
     )
 

@@ -39,20 +39,23 @@ from cctrain.parallel.mesh import Mesh, join_mesh, sum_over_ranks
 from cctrain.process_memory import resident
 from cctrain.training.data import share_of, training_order, training_rule
 from cctrain.training.engine import build_engine
-from cctrain.training.loop import run_steps
+from cctrain.training.loop import run_steps, train_step
 from cctrain.training.train import build_model
 
 LONGEST_STEP, SECONDS_OF_STEPS, FEWEST_STEPS, MOST_STEPS = 2.0, 12.0, 6, 60
+STEPS_OF_FEW_TOKENS, FEW_TOKENS = 3, 64  # of a context
 SHORTEST, MOST_PARAMETERS = 4096, 50_000_000
 SECONDS_BETWEEN_LOOKS = 0.005
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """Of a step: its seconds, and the most bytes of memory that a rank held, libraries and all."""
+    """Of a step: its seconds, and the most bytes of memory that a rank held, libraries and all. `memory_of_few_tokens`:
+    the same in steps of so few tokens that little of it is theirs."""
 
     seconds: float
     memory: float
+    memory_of_few_tokens: float
 
 
 def smaller(
@@ -91,18 +94,25 @@ def take_steps(config: Config, contexts: Contexts, mesh: Mesh) -> Rehearsal:
     import mlflow.store.tracking.sqlalchemy_store  # noqa: F401 (which the first rank of a training holds, too)
 
     config.training.steps, seconds = MOST_STEPS, []
-    with most_memory(mesh.device) as most:
-        genes, loader, order = from_store(config, mesh) if has_store(config) else made_up(config, contexts, mesh)
-        engine = build_engine(build_model(config, genes, mesh), config, mesh)
-        with closing(run_steps(engine, config, mesh, loader, order)) as steps:
-            for step in steps:
-                seconds.append(step.values["step_seconds"] - step.values["data_seconds"])
-                taken = sum_over_ranks([sum(seconds)], mesh.device)[0] / mesh.num_ranks
-                if step.step >= FEWEST_STEPS and taken > SECONDS_OF_STEPS:
-                    break
-    memory = torch.tensor(most[0], dtype=torch.float64, device=mesh.device)
+    genes, loader, order = from_store(config, mesh) if has_store(config) else made_up(config, contexts, mesh)
+    engine = build_engine(build_model(config, genes, mesh), config, mesh)
+    with most_memory(mesh.device) as most_of_few_tokens:
+        few = RankStep(0, config.data.global_batch, made_up_batches(config, few_tokens(contexts), mesh))
+        for _ in range(STEPS_OF_FEW_TOKENS):
+            train_step(engine, config, mesh, few, 1, list)
+    with most_memory(mesh.device) as most, closing(run_steps(engine, config, mesh, loader, order)) as steps:
+        for step in steps:
+            seconds.append(step.values["step_seconds"] - step.values["data_seconds"])
+            taken = sum_over_ranks([sum(seconds)], mesh.device)[0] / mesh.num_ranks
+            if step.step >= FEWEST_STEPS and taken > SECONDS_OF_STEPS:
+                break
+    memory = torch.tensor([*most, *most_of_few_tokens], dtype=torch.float64, device=mesh.device)
     dist.all_reduce(memory, dist.ReduceOp.MAX)
-    return Rehearsal(median(seconds[len(seconds) // 2 :]), float(memory))
+    return Rehearsal(median(seconds[len(seconds) // 2 :]), *memory.tolist())
+
+
+def few_tokens(contexts: Contexts) -> Contexts:
+    return Contexts(FEW_TOKENS, 0.1 * FEW_TOKENS, contexts.genes)
 
 
 def has_store(config: Config) -> bool:

@@ -27,7 +27,8 @@ _CALL_ON_A_GPU = 2e-4  # seconds of starting the kernels of one stage, forward a
 _OF_A_FILE = """\
 # What `cctrain estimate --save-device` measured; `cctrain estimate CONFIG --device FILE` reads it and measures nothing.
 # The rates are those of the model and of the ranks side by side that `measured` names; for others, measure again.
-# FLOP/s, bytes/s, bytes, seconds; rehearsed_over_parts is how many times as long a real step took as its parts.
+# FLOP/s, bytes/s, bytes, seconds; rehearsed_over_parts is how many times as long a real step took as its parts, and
+# held_over_needed how many times as much memory a rank held as it needed.
 """
 
 
@@ -50,7 +51,8 @@ class Device:
     of a layer; `call` is what a stage takes however little there is to do. A rank sends at `inside` within its node of
     `per_node` devices and at `between` to others; a collective takes `latency` at least. `process` is what a process
     holds beside the model and its work, `kind` is cuda or cpu. A step takes `rehearsed_over_parts` times as long as its
-    parts. Without `measured` this is a model of a device.
+    parts, and a rank holds `held_over_needed` times as much as model and work need. Without `measured` this is a model
+    of a device.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Device:
     process: float = 0.0
     kind: str = "cuda"
     rehearsed_over_parts: float = 1.0
+    held_over_needed: float = 1.0
     measured: Measured | None = None
 
 

@@ -73,7 +73,7 @@ class Estimate:
     @property
     def memory(self) -> float:
         """Bytes of a rank at most."""
-        return self.device.process + self.needs.memory
+        return self.device.process + self.device.held_over_needed * self.needs.memory
 
     @property
     def usable(self) -> float:
@@ -143,6 +143,7 @@ def as_json(found: Estimate, token_budget: float | None = None) -> dict[str, Any
         "step_seconds": seconds,
         "step_seconds_by_component": asdict(found.seconds),
         "rehearsed_over_parts": found.device.rehearsed_over_parts if found.device.measured else None,
+        "held_over_needed": found.device.held_over_needed if found.device.measured else None,
         "tokens_per_second": tokens / seconds,
         "utilisation": flops.total / seconds / found.device.peak,
         "tokens": tokens * needs.config.training.steps,
@@ -166,7 +167,7 @@ def of_budget(found: Estimate, tokens: float) -> dict[str, float]:
 
 
 def as_text(found: Estimate, token_budget: float | None = None) -> str:
-    told, needs, work = as_json(found, token_budget), found.needs, found.needs.work
+    told, needs, work, held = as_json(found, token_budget), found.needs, found.needs.work, found.device.held_over_needed
     config, kept, made = needs.config, needs.state, needs.activations
     largest = _shares(told["step_seconds_by_component"])[:4]
     of_components = ", ".join(f"{name} {share:.0%}" for name, share in _shares(needs.flops.by_component()))
@@ -185,7 +186,8 @@ def as_text(found: Estimate, token_budget: float | None = None) -> str:
         + ", ".join(f"{name} {size(part)}" for name, part in zip(names, state_of, strict=True) if part)
         + f"; in backward {size(kept.backward)}, in the optimizer's step {size(kept.step)}",
         f"          activations {size(made.total)}"
-        + (f"; the process itself {size(found.device.process)}" if found.device.process else ""),
+        + (f"; the process itself {size(found.device.process)}" if found.device.process else "")
+        + (f"; a rehearsal held {held:.2f} times what is needed" if held != 1 else ""),
         *([offloaded(found)] if made.offloaded else []),
         f"FLOPs     {needs.flops.total:.3g} a step and rank: {of_components}; attention {told['attention_share']:.1%}",
         f"          and {needs.optimizer_flops:.3g} of the optimizer, elementwise: "

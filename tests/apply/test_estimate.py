@@ -88,12 +88,12 @@ def test_context_ranks_that_do_not_divide_the_ranks_are_refused(config: Path):
 
 @pytest.fixture
 def measured_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two ranks of a slow CPU, whose steps take a second and hold a gigabyte."""
+    """Two ranks of a slow CPU, whose steps take a second and hold a gigabyte, or half of one with few tokens."""
     rates = replace(
         load_device("h100", "fp32"), name="slow", products=1e9, attention=1 / 3 * 1e9, per_node=2, kind="cpu"
     )
     monkeypatch.setattr(calibrate, "on_local_ranks", lambda *_: asdict(rates))
-    monkeypatch.setattr(rehearse, "rehearse", lambda *_: rehearse.Rehearsal(seconds=1.0, memory=1e9))
+    monkeypatch.setattr(rehearse, "rehearse", lambda *_: rehearse.Rehearsal(1.0, memory=1e9, memory_of_few_tokens=5e8))
 
 
 @pytest.mark.usefixtures("measured_at_once")
@@ -106,7 +106,8 @@ def test_what_was_measured_and_kept_estimates_the_same_again(config: Path, tmp_p
     assert again == measured
     assert again["ranks"] == 2
     assert again["measured"] is True
-    assert again["device"]["process"] > 0.9e9
+    assert 4e8 < again["device"]["process"] < 5e8
+    assert again["memory_bytes"] == pytest.approx(1e9)
     assert again["rehearsed_over_parts"] != 1
 
 
@@ -170,5 +171,6 @@ def test_on_this_machine_its_parts_are_measured_on_as_many_ranks_as_will_run(
     assert min(device[rate] for rate in ("products", "attention", "elementwise", "inside", "call")) > 0
     assert told["rehearsed_over_parts"] > 0
     assert device["process"] > 10**8
+    assert device["held_over_needed"] >= 1
     alone = ("exchange", "zero") if ranks == 1 else ()
     assert all((seconds > 0) != (part in alone) for part, seconds in told["step_seconds_by_component"].items())

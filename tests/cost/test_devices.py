@@ -17,6 +17,7 @@ MEASURED = replace(
     process=1 / 3,
     kind="cpu",
     rehearsed_over_parts=1.7,
+    held_over_needed=1.1,
     measured=WITH,
 )
 

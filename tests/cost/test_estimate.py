@@ -33,6 +33,13 @@ def test_a_rank_needs_its_process_and_the_peak_of_all_its_micro_batches(found):
     assert found.memory == 1e9 + peak(needs.state, needs.activations, 2) > 1e9 + peak(needs.state, needs.activations, 1)
 
 
+def test_a_rank_holds_as_many_times_what_it_needs_as_a_rehearsal_did(found):
+    held = replace(found, device=replace(DEVICE, held_over_needed=1.25))
+    assert held.memory == 1e9 + 1.25 * found.needs.memory
+    assert "held 1.25 times what is needed" in as_text(held)
+    assert "times what is needed" not in as_text(found)
+
+
 def test_a_training_fits_into_nine_tenths_of_the_memory_and_into_no_less(found):
     assert USABLE == 0.9
     least = found.memory / 0.9
