@@ -80,7 +80,7 @@ def measure_here(config: Config, contexts_of: Callable[[Config], Contexts], rank
     process = max(0.0, rehearsed.memory_of_few_tokens - needs_of(small, few_tokens(short), ranks, device.kind).memory)
     return replace(
         device,
-        process=process,
+        process=process + rehearsed.growth,
         held_over_needed=max(1.0, (rehearsed.memory - process) / parts.needs.memory),
         rehearsed_over_parts=rehearsed.seconds / parts.seconds.total,
     )

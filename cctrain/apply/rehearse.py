@@ -13,7 +13,7 @@ import json
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import repeat
@@ -51,11 +51,12 @@ SECONDS_BETWEEN_LOOKS = 0.005
 @dataclass(frozen=True)
 class Rehearsal:
     """Of a step: its seconds, and the most bytes of memory that a rank held, libraries and all. `memory_of_few_tokens`:
-    the same in steps of so few tokens that little of it is theirs."""
+    the same in steps of so few tokens that little of it is theirs. `growth`: what more it will come to hold."""
 
     seconds: float
     memory: float
     memory_of_few_tokens: float
+    growth: float
 
 
 def smaller(
@@ -96,19 +97,28 @@ def take_steps(config: Config, contexts: Contexts, mesh: Mesh) -> Rehearsal:
     config.training.steps, seconds = MOST_STEPS, []
     genes, loader, order = from_store(config, mesh) if has_store(config) else made_up(config, contexts, mesh)
     engine = build_engine(build_model(config, genes, mesh), config, mesh)
-    with most_memory(mesh.device) as most_of_few_tokens:
+    peaks = []
+    with watched_memory(mesh.device) as most:
         few = RankStep(0, config.data.global_batch, made_up_batches(config, few_tokens(contexts), mesh))
         for _ in range(STEPS_OF_FEW_TOKENS):
             train_step(engine, config, mesh, few, 1, list)
-    with most_memory(mesh.device) as most, closing(run_steps(engine, config, mesh, loader, order)) as steps:
+        most_of_few_tokens = most()
+    with watched_memory(mesh.device) as most, closing(run_steps(engine, config, mesh, loader, order)) as steps:
         for step in steps:
+            peaks.append(most())
             seconds.append(step.values["step_seconds"] - step.values["data_seconds"])
             taken = sum_over_ranks([sum(seconds)], mesh.device)[0] / mesh.num_ranks
             if step.step >= FEWEST_STEPS and taken > SECONDS_OF_STEPS:
                 break
-    memory = torch.tensor([*most, *most_of_few_tokens], dtype=torch.float64, device=mesh.device)
+    memory = torch.tensor([peaks[-1], most_of_few_tokens, growth_after(peaks)], dtype=torch.float64, device=mesh.device)
     dist.all_reduce(memory, dist.ReduceOp.MAX)
     return Rehearsal(median(seconds[len(seconds) // 2 :]), *memory.tolist())
+
+
+def growth_after(peaks: Sequence[float]) -> float:
+    """Bytes, from the most until each step. A heap in pieces grows by about as much each time that the steps double,
+    until some hundred are taken. One such time is foreseen."""
+    return peaks[-1] - peaks[max(0, len(peaks) // 2 - 1)]
 
 
 def few_tokens(contexts: Contexts) -> Contexts:
@@ -188,28 +198,30 @@ def made_up_batch(samples: np.ndarray, tokens: int, targets: int, num_genes: int
 
 
 @contextmanager
-def most_memory(device: torch.device) -> Iterator[list[float]]:
-    """Afterwards the list holds the most bytes that there were within it."""
-    found: list[float] = []
+def watched_memory(device: torch.device) -> Iterator[Callable[[], float]]:
+    """What it yields says the most bytes that there were so far; ask it before the end."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        yield found
-        found.append(float(torch.cuda.max_memory_allocated(device)))
+        yield lambda: float(torch.cuda.max_memory_allocated(device))
         return
-    seen, ended = [resident("RssAnon")], threading.Event()
+    most, ended = resident("RssAnon"), threading.Event()
 
-    def look() -> None:
+    def look() -> float:
+        nonlocal most
+        most = max(most, resident("RssAnon"))
+        return float(most)
+
+    def keep_looking() -> None:
         while not ended.wait(SECONDS_BETWEEN_LOOKS):
-            seen.append(resident("RssAnon"))
+            look()
 
-    looking = threading.Thread(target=look, daemon=True)
+    looking = threading.Thread(target=keep_looking, daemon=True)
     looking.start()
     try:
-        yield found
+        yield look
     finally:
         ended.set()
         looking.join()
-    found.append(float(max(seen)))
 
 
 if __name__ == "__main__":

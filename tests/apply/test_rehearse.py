@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cctrain.apply.estimate import contexts_without_store
-from cctrain.apply.rehearse import LONGEST_STEP, MOST_PARAMETERS, made_up_batches, smaller
+from cctrain.apply.rehearse import LONGEST_STEP, MOST_PARAMETERS, growth_after, made_up_batches, smaller
 from cctrain.config import Config, ModelConfig
 from cctrain.cost.devices import load_device
 from cctrain.cost.estimate import estimate
@@ -59,6 +59,12 @@ def test_targets_are_hidden_and_within_their_contexts():
     assert (batch.counts[batch.targets] == 0).all()
     assert len(np.unique(batch.targets)) == 120
     assert (batch.targets < 1000).sum() == 60
+
+
+def test_what_memory_grew_by_while_the_steps_doubled_it_grows_by_once_more():
+    assert growth_after([1.0, 3.0, 4.0, 5.0]) == 5 - 3
+    assert growth_after([4.0, 5.0, 5.0, 5.0, 5.0]) == 0
+    assert growth_after([7.0]) == 0
 
 
 def contexts_without_store_of(genes: int) -> Callable[[Config], Contexts]:
