@@ -61,7 +61,7 @@ class CollectiveCounter(TorchDispatchMode):
     """Within it, `made` grows by the collectives that this rank, one of `num_ranks`, makes among all of them.
 
     It sees what PyTorch dispatches, through whichever function and in backward too, so nothing goes by uncounted:
-    a collective that it cannot count raises NotImplementedError.
+    a collective that it cannot count raises ValueError.
     """
 
     def __init__(self, purpose: str, num_ranks: int):
@@ -82,7 +82,7 @@ class CollectiveCounter(TorchDispatchMode):
         if name == "allgather_":
             _, mine, *_ = args
             return "all_gather", self.num_ranks * sum(tensor.nbytes for tensor in mine)
-        raise NotImplementedError(f"what a rank sends in {name} is not known here: add its payload")
+        raise ValueError(f"what a rank sends in {name} is not known here: add its payload")
 
 
 def count_layer(model: ModelConfig, tokens: int, mesh: Mesh) -> list[Collective]:
