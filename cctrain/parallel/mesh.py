@@ -24,7 +24,8 @@ from cctrain.errors import UsageError
 from cctrain.parallel.waiting import counted_waiting
 
 # PyTorch and oneDNN keep what they made for each of up to 1,024 shapes. Contexts have ever other lengths, so most of it
-# is never used again, and the heap stays in pieces around it: gigabytes. With 64, steps take as long as before; with 32, longer.
+# is never used again, and the heap stays in pieces around it: gigabytes. With 64, steps take as long as before; in bf16
+# with 32, longer.
 CACHES_OF_SHAPES, SHAPES_KEPT = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"), "64"
 
 
