@@ -31,7 +31,7 @@ import torch
 from cctrain.parallel.mesh import join_mesh
 from cctrain.run_directory import open_run
 from cctrain.tracking.content import metrics_of
-from cctrain.tracking.journal import Journal
+from cctrain.tracking.journal import Journal, read_journal
 from cctrain.tracking.projection import LiveProjection, project
 from cctrain.training.loop import load_of_step
 from cctrain.training.observations import Observer
@@ -67,7 +67,7 @@ def main() -> None:
         synced = sync_long(folder / "long", folder / "trained", arguments)
     result = {
         "question": "what does tracking cost a training, and how long does a long journal take to sync?",
-        "metrics": len(metrics_of(steps[0])),
+        "metrics": max(len(metrics_of(line)) for line in steps),
         "live": followed,
         "sync": synced,
         **circumstances("mlflow"),
@@ -97,18 +97,20 @@ def follow_live(
         wait_until_idle(thread, run_dir / "mlflow.json")
         begun = processor_seconds(thread)
         for step in range(1, num_steps + 1):
-            line = values(lines[(step - 1) % len(lines)])
+            line = trained_values(lines[(step - 1) % len(lines)])
             slices, accumulation = slices_of(line), line["accumulation"]
+            counts = slices[:, :4]  # which a step works out to weigh its loss
             started, started_processor = time.perf_counter(), time.thread_time()
-            line |= load_of_step(run.config, slices, slices[:, :4], len(run.gene_ids), accumulation, mesh.num_ranks)
+            line |= load_of_step(run.config, slices, counts, len(run.gene_ids), accumulation, mesh.num_ranks)
             line["utilisation"] = line["cost/total_flops"] / line["step_seconds"] / FLOPS_PER_SECOND
             seconds["load"].append(time.thread_time() - started_processor)
-            observed = observer.observe(line["data_seconds"], line["communication_seconds"])
+            observed = observer.observe(line["data_seconds"], 0.0)
             journal.write("step", step, **line | observed)
             seconds["processor"].append(time.thread_time() - started_processor)
             seconds["elapsed"].append(time.perf_counter() - started)
             time.sleep(max(0.0, step_seconds - seconds["elapsed"][-1]))
-        wait_for_points(database, num_steps * len(metrics_of(lines[0])))
+        points = sum(len(metrics_of(line)) for line in read_journal(run_dir))
+        wait_for_points(database, points)
         followed = processor_seconds(thread)
     journal.write("stop", num_steps, status="finished")
     before = time.process_time()
@@ -118,6 +120,7 @@ def follow_live(
     return {
         "steps": num_steps,
         "step_seconds": step_seconds,
+        "points_a_step": points / num_steps,
         "training_thread_median_seconds_a_step": statistics.median(seconds["elapsed"]),
         "training_thread_processor_seconds_a_step": training,
         "of_these_for_what_the_step_cost": statistics.fmean(seconds["load"]),
@@ -126,6 +129,11 @@ def follow_live(
         "processor_seconds_before_the_first_step": begun,
         "processor_seconds_behind_the_last_step": ending,
     }
+
+
+def trained_values(line: dict[str, Any]) -> dict[str, Any]:
+    """Of a trained step, without what its rank saw of the node: it is looked at anew."""
+    return {key: value for key, value in values(line).items() if not key.startswith("system/")}
 
 
 def slices_of(line: dict[str, Any]) -> torch.Tensor:
@@ -187,7 +195,8 @@ def num_points(database: Path) -> int:
 def summary(result: dict[str, Any]) -> str:
     synced, live = result["sync"], result["live"]
     lines = [
-        f"{result['metrics']} metrics a step of {live['step_seconds']:.3f} s: the training's thread takes "
+        f"{result['metrics']} metrics, {live['points_a_step']:.1f} points a step of {live['step_seconds']:.3f} s: the "
+        f"training's thread takes "
         f"{live['training_thread_processor_seconds_a_step'] * 1e3:.2f} ms of a processor "
         f"({live['of_these_for_what_the_step_cost'] * 1e3:.2f} for what the step cost; "
         f"{live['training_thread_median_seconds_a_step'] * 1e3:.2f} ms pass), the projection's "

@@ -14,12 +14,12 @@ def step_cost(
     n is the mean number of tokens of a context; FLOPs are of forward, backward and recomputation together.
     """
     flops = step_flops(model, tokens, targets, checkpointing, zero_stage)
-    n = sum(tokens) / len(tokens)
+    n, attention, total = sum(tokens) / len(tokens), flops.attention, flops.total
     cost = {
         "cost/n": n,
-        "cost/attention_flops": flops.attention,
-        "cost/total_flops": flops.total,
-        "cost/attention_share": flops.attention / flops.total,
+        "cost/attention_flops": attention,
+        "cost/total_flops": total,
+        "cost/attention_share": attention / total,
     }
     if model.attention == "criss_cross":
         cost |= {"cost/M": model.latents, "cost/n_times_M": n * model.latents}
@@ -28,7 +28,9 @@ def step_cost(
 
 def step_traffic(config: Config, num_genes: int, contexts: int, micro_batches: int, ranks: int) -> dict[str, float]:
     """`cost/sent_bytes`, that a rank sends in a step over so many contexts in all, for context ranks and ZeRO together;
-    on average, where ranks have unequal numbers of contexts."""
+    on average, where ranks have unequal numbers of contexts. Nothing of one rank, which sends none."""
+    if ranks == 1:
+        return {}
     model, context_ranks = config.model, config.parallel.context
     of_layer = exchange_of_a_layer(model, contexts * context_ranks / ranks, context_ranks)
     element_bytes = ELEMENT_BYTES[config.training.precision]

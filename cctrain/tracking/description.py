@@ -136,9 +136,9 @@ def _restarts(lines: list[Line]) -> Iterator[str]:
 
 
 def _how_to_read(counted: list[Line]) -> Iterator[str]:
-    """Of the groups that the run has."""
-    latest = {line["event"]: line for line in counted}
-    there = {name.partition("/")[0] for line in latest.values() for name in metrics_of(line)}
+    """Of the groups that the run has. Not every step looks at its node, but the first one does."""
+    first, latest = ({line["event"]: line for line in lines} for lines in (reversed(counted), counted))
+    there = {name.partition("/")[0] for line in (*first.values(), *latest.values()) for name in metrics_of(line)}
     meanings = {group: meaning for group, meaning in _MEANINGS.items() if group in there}
     if meanings:
         yield how_to_read(meanings)

@@ -28,6 +28,7 @@ EVENTS = ("start", "step", "evaluate", "checkpoint", "skip", "stop")
 MEASURED_EVENTS = ("step", "evaluate")
 
 _TORN_MARK = b" <- torn\n"  # never valid JSON, so even a line that lacked only its newline stays ignored
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -56,7 +57,7 @@ class Journal:
         line = {"event": event, "attempt": self.attempt, "step": int(step), "time": _now()}
         for key, value in values.items():
             line[key] = _to_json(value, f"{key} in the {event} line of step {step}")
-        content = json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        content = _ENCODER.encode(line).encode() + b"\n"
         try:
             written = self._file.write(content)
             if event != "step":

@@ -94,7 +94,8 @@ def follow(attempt: Attempt, journal: Journal | None, report: Report) -> Ending:
             attempt.watchdog.beat(f"after step {step}")
             report.step(step, result.values)
             result.values["utilisation"] = report.utilisation(result.values)
-            result.values["checkpoint_seconds"], stood_still = stood_still, 0.0
+            if stood_still:
+                result.values["checkpoint_seconds"], stood_still = stood_still, 0.0
             note_step(journal, result)
             took = result.applied or (config.training.precision == "fp16" and math.isfinite(result.values["loss"]))
             skipped.check(step, took, result.samples)

@@ -1,8 +1,8 @@
 """What every rank sees of itself at a step, and one rank of each node of the node; put together for the journal.
 
 data_seconds           that the rank waited for data, which waited longest
-communication_seconds  that the rank waited in collectives, which waited least: what none could avoid. On CPUs only
-imbalance_seconds      that another one waited longer there, for ranks that had more to do. On CPUs only
+communication_seconds  that the rank waited in collectives, which waited least: what none could avoid
+imbalance_seconds      that another one waited longer there, for ranks that had more to do
 memory/bytes           of the rank with the most: what PyTorch has allocated on its GPU, or what is resident
 memory/peak_bytes      the same, at most so far
 system/node-0/…        cpu_percent of all its cores and network_bytes_per_second, sent and received, since the look
@@ -10,8 +10,9 @@ system/node-0/…        cpu_percent of all its cores and network_bytes_per_seco
                        gpu_0_memory_usage_megabytes of all its processes, and gpu_0_utilization_percentage, the share of
                        the last moments in which a kernel ran, where the package nvidia-ml-py is installed
 
-Node and GPU are looked at once a second at most: shorter steps repeat what was seen. A node's ranks follow each other,
-and GPU 0 is that of the first.
+Node and GPU are looked at once a second at most, at the first step and where a second has passed: other steps have no
+`system/…`. Waiting is told of several ranks on CPUs alone. A node's ranks follow each other, and GPU 0 is that of the
+first.
 """
 
 import math
@@ -22,7 +23,7 @@ import psutil
 import torch
 
 from cctrain.parallel.mesh import gather_numbers
-from cctrain.process_memory import resident
+from cctrain.process_memory import memory_of
 
 OF_RANK = ("data_seconds", "waited_seconds", "memory/bytes", "memory/peak_bytes")
 OF_NODE = ("cpu_percent", "memory_bytes", "network_bytes_per_second")
@@ -39,22 +40,29 @@ class Observer:
         self._tells_utilization = device.type == "cuda" and tells_utilization(device)
         psutil.cpu_percent()
         self._looked, self._moved = time.monotonic(), network_bytes()
-        self._seen: list[float] = []  # at the last look at node and GPU
+        self._next_look = -math.inf
 
     def observe(self, data_seconds: float, waited_seconds: float) -> dict[str, float]:
         """All ranks call this, and get the same."""
-        seconds = time.monotonic() - self._looked
-        # Looking takes most of the time, and what psutil or a driver says of less than a second is chance.
-        if not self._seen or seconds >= SECONDS_BETWEEN_LOOKS:
-            self._seen = [*self._look_at_node(seconds), *self._look_at_gpu()]
-            self._looked += seconds
         own = [data_seconds, waited_seconds, *memory_of_rank(self._device)]
-        return together(gather_numbers([float(self._local_rank), *own, *self._seen], self._device), self._device.type)
+        row = [float(self._local_rank), *own, *self._look()]
+        return together(gather_numbers(row, self._device), self._device.type)
+
+    def _look(self) -> list[float]:
+        """At node and GPU; NaN before the next look is due, so that ranks whose clocks differ have rows of one length.
+
+        Looking takes most of the time, and what psutil or a driver says of less than a second is chance.
+        """
+        now = time.monotonic()
+        if now < self._next_look:
+            return [math.nan] * (len(OF_NODE) + (len(OF_GPU) if self._device.type == "cuda" else 0))
+        seconds, self._looked, self._next_look = now - self._looked, now, now + SECONDS_BETWEEN_LOOKS
+        return [*self._look_at_node(seconds), *self._look_at_gpu()]
 
     def _look_at_node(self, seconds: float) -> list[float]:
         """Its first rank's to do, so many seconds after the last time."""
         if self._local_rank > 0:
-            return [0.0] * len(OF_NODE)
+            return [math.nan] * len(OF_NODE)
         before, self._moved = self._moved, network_bytes()
         rate = (self._moved - before) / max(seconds, 1e-9)
         return [psutil.cpu_percent(), float(psutil.virtual_memory().used), rate]
@@ -70,7 +78,7 @@ class Observer:
 
 def together(rows: list[list[float]], device_type: str) -> dict[str, float]:
     """Of all ranks' rows in rank order: its number on its node, its own values, its node's from the first one there,
-    its GPU's if it has one.
+    its GPU's if it has one. What is NaN of node or GPU was not seen, and is left out.
 
     Plain numbers: PyTorch starts all its threads for a maximum over a dimension, even of four numbers (4.6 ms beside
     other work on two cores, where the Python here takes 0.1).
@@ -78,14 +86,15 @@ def together(rows: list[list[float]], device_type: str) -> dict[str, float]:
     own = {name: [row[1 + place] for row in rows] for place, name in enumerate(OF_RANK)}
     waited = own.pop("waited_seconds")
     found = {name: max(values) for name, values in own.items()}
-    if device_type == "cpu":
+    if device_type == "cpu" and len(rows) > 1:
         found |= {"communication_seconds": min(waited), "imbalance_seconds": max(waited) - min(waited)}
     node = -1
     for local_rank, *values in rows:
         of_node, of_gpu = values[len(OF_RANK) :][: len(OF_NODE)], values[len(OF_RANK) + len(OF_NODE) :]
         if local_rank == 0:
             node += 1
-            found |= {f"system/node-{node}/{name}": value for name, value in zip(OF_NODE, of_node, strict=True)}
+            seen = zip(OF_NODE, of_node, strict=True)
+            found |= {f"system/node-{node}/{name}": value for name, value in seen if value == value}
         # Where there is no GPU, there are no values.
         gpu = zip(OF_GPU, of_gpu, strict=False)
         found |= {f"system/node-{node}/gpu_{local_rank:.0f}_{name}": value for name, value in gpu if value == value}
@@ -96,7 +105,8 @@ def memory_of_rank(device: torch.device) -> tuple[float, float]:
     """Bytes, now and at most so far."""
     if device.type == "cuda":
         return float(torch.cuda.memory_allocated(device)), float(torch.cuda.max_memory_allocated(device))
-    return resident("VmRSS"), resident("VmHWM")
+    held = memory_of()
+    return held.get("VmRSS", 0), held.get("VmHWM", 0)
 
 
 def tells_utilization(device: torch.device) -> bool:

@@ -219,7 +219,9 @@ def test_the_page_has_every_component():
 
 
 def test_the_page_has_the_names_of_the_journal_and_no_others():
-    said = step_cost(MODELS["criss-cross"], [300], 15) | step_traffic(Config(), GENES, 1, 1, 1)
+    said = step_cost(MODELS["criss-cross"], [300], 15) | step_traffic(
+        Config(), GENES, contexts=2, micro_batches=1, ranks=2
+    )
     assert set(re.findall(r"`(cost/\w+)`", PAGE)) == said.keys()
 
 

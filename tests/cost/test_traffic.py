@@ -94,6 +94,10 @@ def test_a_step_line_says_what_a_rank_sends_for_its_contexts_and_for_zero():
     assert told == sum(one.sent for one in expected) > 0
 
 
+def test_a_step_line_of_one_rank_says_nothing_of_sending():
+    assert step_traffic(Config(model=ZERO_MODEL), 50, contexts=6, micro_batches=3, ranks=1) == {}
+
+
 def test_one_rank_sends_nothing():
     assert zero(ZERO_MODEL, 50, 3, 4, ranks=1, micro_batches=2) == exchange_of_a_layer(ZERO_MODEL, 5, ranks=1) == []
     assert sent("all_reduce", 100, ranks=1) == 0

@@ -84,8 +84,8 @@ def _write_attempt(run_dir: Path, first: int, last: int, status: str | None, rat
             data_seconds=0.004,
             communication_seconds=0.02,
             imbalance_seconds=0.01,
-            checkpoint_seconds=0.75 if step % 50 == 1 and step > first else 0.0,
             samples=f"{step:064x}",
+            **({"checkpoint_seconds": 0.75} if step % 50 == 1 and step > first else {}),
             **{
                 "cost/n": n,
                 "cost/M": 64,

@@ -63,6 +63,14 @@ def test_it_explains_the_groups_of_metrics_that_the_run_has(make_run: MakeRun) -
     assert "\n- `system/`: " in description(run_dir)
 
 
+def test_it_explains_what_the_first_step_has_and_the_last_one_has_not(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.write("start", 0, run="cell")
+    journal.write("step", 1, loss=0.5, step_seconds=0.1, **{"system/node-0/cpu_percent": 1})
+    journal.write("step", 2, loss=0.5, step_seconds=0.1)
+    assert "\n- `system/`: " in description(tmp_path)
+
+
 def test_without_any_step_there_is_nothing_to_read(make_run: MakeRun) -> None:
     assert "How to read it" not in description(make_run((1, 0, None)))
 

@@ -23,7 +23,7 @@ from cctrain.tracking.projection import LiveProjection, project, sync
 from cctrain.tracking.replay import batches
 
 MakeRun = Callable[..., Path]
-METRICS_OF_A_STEP = 20
+METRICS_OF_A_STEP = 19
 
 
 def _client(uri: str) -> Any:
@@ -114,7 +114,7 @@ def test_a_second_replay_changes_nothing(make_run: MakeRun, database: str) -> No
     run_dir = make_run((1, 60, "finished"))
     first = project(run_dir, database, "cctrain")
     num_stored = _num_stored(database)
-    assert num_stored == 60 * METRICS_OF_A_STEP + 2 * 3
+    assert num_stored == 60 * METRICS_OF_A_STEP + 2 * 3 + 1  # two looks, and one step after a checkpoint
     assert project(run_dir, database, "cctrain") == first
     (run_dir / "mlflow.json").unlink()
     assert project(run_dir, database, "cctrain") == first
@@ -133,7 +133,7 @@ def test_a_second_replay_sends_no_step(make_run: MakeRun, database: str) -> None
 
 def test_a_batch_holds_at_most_a_thousand_metrics_and_never_part_of_a_step(make_run: MakeRun) -> None:
     steps = [line for line in read_journal(make_run((1, 150, None))) if line["event"] == "step"]
-    found = list(batches([line | {"memory/bytes": 1} for line in steps]))
+    found = list(batches([line | {"memory/bytes": 1, "checkpoint_seconds": 0.0} for line in steps]))
     assert [len(metrics) for metrics, _ in found] == [987, 987, 987, 189]
     assert [num_lines for _, num_lines in found] == [47, 47, 47, 9]
     assert {metric.step for metric in found[0][0]} == set(range(1, 48))

@@ -277,9 +277,7 @@ def test_the_status_follows_the_run_through_its_life(make_run: MakeRun, database
 def test_the_seconds_of_a_checkpoint_are_a_speed_at_the_step_after_it(make_run: MakeRun, database: str) -> None:
     run_dir = make_run((1, 101, None))
     project(run_dir, database, "cctrain")
-    points = _points(database, "speed/checkpoint_seconds")
-    assert [step for step, _ in points] == list(range(1, 102))
-    assert [point for point in points if point[1]] == [(51, 0.75), (101, 0.75)]
+    assert _points(database, "speed/checkpoint_seconds") == [(51, 0.75), (101, 0.75)]
     assert _only_run(database).data.tags["cctrain.last_checkpoint"] == "100"
 
 

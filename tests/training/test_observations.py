@@ -29,6 +29,11 @@ def test_what_every_rank_waits_is_communication_and_what_one_waits_more_is_imbal
     assert "waited_seconds" not in told
 
 
+def test_a_rank_alone_has_no_communication_to_tell():
+    told = together([[0, 0, 0.75, 1, 1, 0, 0, 0]], "cpu")
+    assert not {"communication_seconds", "imbalance_seconds"} & told.keys()
+
+
 def test_each_node_is_told_by_its_first_rank():
     own = [0.0, 0.0, 1.0, 1.0]
     told = together([[0, *own, 11, 12, 13], [1, *own, 0, 0, 0], [0, *own, 21, 22, 23]], "cpu")
@@ -50,7 +55,7 @@ def test_each_gpu_is_told_by_its_rank_under_its_node_by_the_names_of_mlflow():
 
 
 def test_waiting_is_not_told_of_gpus_whose_collectives_nobody_waits_for():
-    told = together([[0, *[0.0] * 7, 100, 10]], "cuda")
+    told = together([[0, *[0.0] * 7, 100, 10], [1, *[0.0] * 7, 100, 10]], "cuda")
     assert not {"communication_seconds", "imbalance_seconds"} & told.keys()
 
 
@@ -60,8 +65,18 @@ def test_what_a_gpu_does_not_tell_is_left_out():
     assert "system/node-0/gpu_0_utilization_percentage" not in told
 
 
+def test_a_node_that_did_not_look_beside_one_that_did_is_left_out():
+    own, unseen = [0.0, 0.0, 1.0, 1.0], [math.nan] * 3
+    told = together([[0, *own, *unseen], [1, *own, *unseen], [0, *own, 21, 22, 23]], "cpu")
+    assert {name: value for name, value in told.items() if name.startswith("system/")} == {
+        "system/node-1/cpu_percent": 21,
+        "system/node-1/memory_bytes": 22,
+        "system/node-1/network_bytes_per_second": 23,
+    }
+
+
 def test_a_rank_tells_of_its_gpu_what_is_not_free_and_what_the_driver_says(gpu_of_pytorch):
-    told = gpu_of_pytorch()
+    told = gpu_of_pytorch().observe(0.0, 0.0)
     assert told["system/node-0/gpu_0_memory_usage_megabytes"] == 60_000
     assert told["system/node-0/gpu_0_utilization_percentage"] == 87
     assert told["memory/bytes"] == 50 * 10**9
@@ -72,7 +87,8 @@ def test_without_the_package_that_asks_the_driver_the_utilization_is_left_out(gp
         raise ModuleNotFoundError("nvidia-ml-py does not seem to be installed")
 
     monkeypatch.setattr(torch.cuda, "utilization", missing)
-    assert [name for name in gpu_of_pytorch() if "gpu" in name] == ["system/node-0/gpu_0_memory_usage_megabytes"]
+    told = gpu_of_pytorch().observe(0.0, 0.0)
+    assert [name for name in told if "gpu" in name] == ["system/node-0/gpu_0_memory_usage_megabytes"]
 
 
 def test_without_a_gpu_none_is_asked(monkeypatch):
@@ -94,7 +110,26 @@ def gpu_of_pytorch(monkeypatch):
     for name, said in says.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, said=said: said)
     monkeypatch.setattr(observations, "gather_numbers", lambda values, device: [values])
-    return lambda: Observer(torch.device("cuda", 0)).observe(0.0, 0.0)
+    return lambda: Observer(torch.device("cuda", 0))
+
+
+def test_a_step_before_the_next_look_says_nothing_of_node_and_gpu(gpu_of_pytorch, monkeypatch):
+    monkeypatch.setattr(observations.time, "monotonic", lambda: 1000.0)
+    observer = gpu_of_pytorch()
+    first, second = (observer.observe(0.0, 0.0) for _ in range(2))
+    assert {name for name in first.keys() - second.keys() if name.startswith("system/")} == first.keys() - second.keys()
+    assert {"system/node-0/cpu_percent", "system/node-0/gpu_0_memory_usage_megabytes"} <= first.keys() - second.keys()
+    assert second["memory/bytes"] == 50 * 10**9
+
+
+def test_a_rank_has_as_many_numbers_to_gather_whether_it_looks_or_not(gpu_of_pytorch, monkeypatch):
+    gathered = []
+    monkeypatch.setattr(observations.time, "monotonic", lambda: 1000.0)
+    monkeypatch.setattr(observations, "gather_numbers", lambda values, device: gathered.append(values) or [values])
+    observer = gpu_of_pytorch()
+    for _ in range(2):
+        observer.observe(0.0, 0.0)
+    assert len(gathered[0]) == len(gathered[1])
 
 
 def test_a_node_is_looked_at_once_a_second(monkeypatch):
@@ -106,8 +141,8 @@ def test_a_node_is_looked_at_once_a_second(monkeypatch):
     with join_mesh():
         observer = Observer(CPU)  # the first look begins what the second one tells
         for clock[0] in (1000.3, 1000.6, 1001.2, 1001.4):
-            told.append(observer.observe(0.0, 0.0)["system/node-0/cpu_percent"])
-    assert told == [20, 20, 20, 30]
+            told.append(observer.observe(0.0, 0.0).get("system/node-0/cpu_percent"))
+    assert told == [20, None, None, 30]
 
 
 def test_an_observation_of_a_rank_alone_asks_pytorch_for_nothing():
