@@ -354,8 +354,8 @@ def estimate(
 ) -> None:
     """What a training will need, before it is spent: memory, FLOPs, traffic, time.
 
-    On this machine it measures the parts of a step and rehearses a few, for half a minute; --save-device keeps that. Of
-    other devices it is a model.
+    On this machine it measures the parts of a step and rehearses a few, for up to a minute; --save-device keeps that.
+    Of other devices it is a model.
     """
 
     def work() -> Any:

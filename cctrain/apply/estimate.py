@@ -57,7 +57,7 @@ def estimate_configuration(
 
 
 def check_file_to_save(path: Path, device_name: str | None) -> None:
-    """Before half a minute of measuring. Raises UsageError."""
+    """Before a minute of measuring. Raises UsageError."""
     if device_name is not None:
         raise UsageError(f"--save-device keeps what is measured here, and --device {device_name} measures nothing")
     if path.exists():
@@ -75,7 +75,7 @@ def measure_here(config: Config, contexts_of: Callable[[Config], Contexts], rank
     device = calibrate(config.model, config.training.precision, ranks)
     small, short = smaller(config, contexts_of, ranks, device)
     tokens = f"{short.tokens:,.0f}"
-    log.info("rehearsing steps of %s contexts of about %s tokens, about 15 s", small.data.global_batch, tokens)
+    log.info("rehearsing steps of %s contexts of about %s tokens, up to half a minute", small.data.global_batch, tokens)
     rehearsed, parts = rehearse(small, short, ranks), estimate(small, short, device, ranks)
     process = max(0.0, rehearsed.memory_of_few_tokens - needs_of(small, few_tokens(short), ranks, device.kind).memory)
     return replace(

@@ -37,12 +37,15 @@ from cctrain.data.loading.order import Order
 from cctrain.data.store.store import GeneTable, open_store
 from cctrain.parallel.mesh import Mesh, join_mesh, sum_over_ranks
 from cctrain.process_memory import resident
+from cctrain.tracking.client import connect
 from cctrain.training.data import share_of, training_order, training_rule
 from cctrain.training.engine import build_engine
 from cctrain.training.loop import run_steps, train_step
 from cctrain.training.train import build_model
 
-LONGEST_STEP, SECONDS_OF_STEPS, FEWEST_STEPS, MOST_STEPS = 2.0, 12.0, 6, 60
+# By steps of 2 seconds at most, what a training of longer ones holds beside its tensors was foretold too low or too
+# high: some of it grows with the tensors, some does not.
+LONGEST_STEP, SECONDS_OF_STEPS, FEWEST_STEPS, MOST_STEPS = 6.0, 12.0, 3, 150
 STEPS_OF_FEW_TOKENS, FEW_TOKENS = 3, 64  # of a context
 SHORTEST, MOST_PARAMETERS = 4096, 50_000_000
 SECONDS_BETWEEN_LOOKS = 0.005
@@ -92,8 +95,8 @@ def rehearse(config: Config, contexts: Contexts, ranks: int) -> Rehearsal:
 
 def take_steps(config: Config, contexts: Contexts, mesh: Mesh) -> Rehearsal:
     """What one of the ranks does."""
-    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401 (which the first rank of a training holds, too)
-
+    with tempfile.TemporaryDirectory() as folder:
+        connect(f"sqlite:///{folder}/mlflow.db")  # the first rank of a training holds all that this loads
     config.training.steps, seconds = MOST_STEPS, []
     genes, loader, order = from_store(config, mesh) if has_store(config) else made_up(config, contexts, mesh)
     engine = build_engine(build_model(config, genes, mesh), config, mesh)
