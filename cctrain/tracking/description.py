@@ -17,8 +17,9 @@ _MEANINGS = {
     "`grad_norm` is before clipping; `tokens`, `targets` and `contexts` are what the step consumed",
     "validation": "the same on held-out cells, whose targets never change: `nll` of the model, `gene_mean_nll` of the "
     "baseline that knows only each gene's mean, and their `difference`. Below 0, the model has learned from the cell",
-    "speed": "`step_seconds`, of which `data_seconds` went into waiting for data, `communication_seconds` into "
-    "collectives, and on one rank `imbalance_seconds` into waiting for the others; and what follows per second. "
+    "speed": "`step_seconds`, of which `data_seconds` went into waiting for data, of several ranks "
+    "`communication_seconds` into collectives, and on one of them `imbalance_seconds` into waiting for the others; and "
+    "what follows per second. "
     "`utilisation` is the share of what the devices could have computed; `packing_efficiency` is 1 where all ranks "
     "have as many tokens in each micro-batch; `checkpoint_seconds` is how long training had stood still for a save "
     "before the step, beside its `step_seconds`; `attempt` steps up at each restart",
