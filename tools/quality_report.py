@@ -171,7 +171,7 @@ def summary(comparisons: dict[str, list[dict[str, Any]]]) -> str:
             of_no_use = sum(row["no_better"] for row in rows)
             lines.append(f"| {budget} | {' | '.join(map(str, counts))} | {of_no_use} of {len(rows)} |")
     worse = [
-        f"- {name}, {row['model']}{_mark(row['no_better'])}, equal in {row['budget']}: {METRICS[row['metric']]}, "
+        f"- {name}, {row['model']}{dagger(row['no_better'])}, equal in {row['budget']}: {METRICS[row['metric']]}, "
         f"{_signed(row)}"
         for name, row in judged
         if row["verdict"] == WORSE
@@ -240,16 +240,16 @@ def _scores(rows: list[Row], known: dict[str, Any]) -> str:
     groups, gene_mean = groups_of(rows), known["baselines"]["gene mean"]["nll"]
     reference = next((group for key, group in groups.items() if key[0] == REFERENCE and STEPS in key[1]), [])
     for name, scores in known["baselines"].items():
-        cells = [f"{_shown(scores[metric])} | " for metric in shown]
+        cells = [f"{number(scores[metric])} | " for metric in shown]
         lines.append(f"| {name} | | all genes | {' | '.join(cells)} |")
     for (model, equal, judged_on), group in groups.items():
         cells = []
         for metric in shown:
             difference = None if group is reference else paired(group, reference, metric)
-            cells.append(f"{_absolute(average(group, metric))} | {_signed(difference)}")
+            cells.append(f"{mean_and_interval(average(group, metric))} | {_signed(difference)}")
         judged = "all genes" if judged_on is None else f"n = {judged_on:,}"
         lines.append(
-            f"| {model}{_mark(no_better(group, gene_mean))} | {', '.join(equal)} | {judged} | {' | '.join(cells)} |"
+            f"| {model}{dagger(no_better(group, gene_mean))} | {', '.join(equal)} | {judged} | {' | '.join(cells)} |"
         )
     return "\n".join(lines)
 
@@ -267,7 +267,7 @@ def _comparison(comparisons: list[dict[str, Any]]) -> str:
         for metric in shown:
             row = found.get((budget, model, metric))
             cells.append("" if row is None else f"{_signed(row)}{', ' + row['verdict'] if row['verdict'] else ''}")
-        lines.append(f"| {budget} | {model}{_mark((budget, model) in marked)} | {' | '.join(cells)} |")
+        lines.append(f"| {budget} | {model}{dagger((budget, model) in marked)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -289,7 +289,7 @@ def _learning_rates(at_peaks: dict[float, dict[str, Row]]) -> str:
         for metric, best_of in (("nll", min), ("correlation_within_gene", max)):
             values = [models[model][metric] for models in at_peaks.values()]
             best = best_of((value for value in values if value is not None), default=None)
-            cells = [f"**{value:.4f}**" if value is not None and value == best else _shown(value) for value in values]
+            cells = [f"**{value:.4f}**" if value is not None and value == best else number(value) for value in values]
             lines.append(f"| {model} | {METRICS[metric]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -316,18 +316,18 @@ def _at_best_peaks(at_peaks: dict[float, dict[str, Row]]) -> str:
     return text
 
 
-def _mark(no_better: bool) -> str:
+def dagger(no_better: bool) -> str:
     return " †" if no_better else ""
 
 
-def _shown(value: float | None) -> str:
+def number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def _absolute(found: dict[str, Any] | None) -> str:
+def mean_and_interval(found: dict[str, Any] | None) -> str:
     if found is None:
         return ""
-    return _shown(found["mean"]) + ("" if found["high"] is None else f" ± {found['high'] - found['mean']:.4f}")
+    return number(found["mean"]) + ("" if found["high"] is None else f" ± {found['high'] - found['mean']:.4f}")
 
 
 def _signed(found: dict[str, Any] | None) -> str:
