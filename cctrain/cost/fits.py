@@ -66,12 +66,15 @@ class Crossover:
     measured      between two measured lengths
     extrapolated  at shorter or longer ones, where the laws meet
     fitted        where the laws meet within the measured lengths, although the curves do not cross there
-    always        the second lies above at every measured length, and the laws do not meet
-    never         the first lies above at the longest measured length, and the laws do not meet
+    always        the second lies above at every measured length, and the laws do not meet at shorter ones
+    never         the first lies above at the longest measured length, and the laws do not meet at longer ones
+
+    `by_laws`: the laws, too, say always or never, of every length.
     """
 
     tokens: float | None
     verdict: str
+    by_laws: bool = False
 
 
 def power_law(x: ArrayLike, y: ArrayLike, groups: Sequence[object] | None = None) -> PowerLaw | None:
@@ -150,11 +153,15 @@ def crossover(
         share = -above[k] / (above[k + 1] - above[k])
         return Crossover(float(np.exp(log_n[k] + share * (log_n[k + 1] - log_n[k]))), "measured")
     meetings = _meetings(*laws) if laws else []
+    verdict = "always" if above[-1] >= 0 else "never"
     if not meetings:
-        return Crossover(None, "always" if above[-1] >= 0 else "never")
+        return Crossover(None, verdict, by_laws=laws is not None)
     shortest, longest = np.asarray(lengths, float)[[0, -1]]
     beyond = [n for n in meetings if (n < shortest if above[-1] >= 0 else n > longest)]
-    return Crossover(max(beyond or meetings), "extrapolated" if beyond else "fitted")
+    within = [n for n in meetings if shortest <= n <= longest]
+    if beyond or within:
+        return Crossover(max(beyond or within), "extrapolated" if beyond else "fitted")
+    return Crossover(None, verdict)  # the laws say otherwise, but what was measured says this
 
 
 def _meetings(first: Sequence[float], second: Sequence[float]) -> list[float]:

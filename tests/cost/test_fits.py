@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cctrain.cost.fits import crossover, power_law, sum_of_terms
+from cctrain.cost.fits import Crossover, crossover, power_law, sum_of_terms
 
 N, M = (grid.ravel() for grid in np.meshgrid(2.0 ** np.arange(12, 17), [32.0, 64.0, 128.0, 256.0]))
 SEEDS = 400
@@ -137,10 +137,15 @@ def test_laws_that_meet_between_measured_lengths_where_the_curves_do_not_cross_a
 
 def test_curves_that_never_meet_have_no_crossover():
     n = np.array([1000.0, 2000.0])
-    assert crossover(n, n, 2 * n, ([1.0, 0.0], [2.0, 0.0])) == crossover(n, n, 2 * n)
-    assert crossover(n, n, 2 * n).verdict == "always"
-    assert crossover(n, 2 * n, n, ([2.0, 0.0], [1.0, 0.0])).verdict == "never"
-    assert crossover(n, n, 2 * n).tokens is None
+    assert crossover(n, n, 2 * n) == Crossover(None, "always")
+    assert crossover(n, n, 2 * n, ([1.0, 0.0], [2.0, 0.0])) == Crossover(None, "always", by_laws=True)
+    assert crossover(n, 2 * n, n, ([2.0, 0.0], [1.0, 0.0])) == Crossover(None, "never", by_laws=True)
+
+
+def test_laws_that_meet_where_they_contradict_what_was_measured_make_no_crossover():
+    """The laws meet at 3,000: dense would be faster below, and slower above."""
+    assert crossover([1000, 2000], [1, 1], [1.1, 1.1], (LINEAR, QUADRATIC)) == Crossover(None, "always")
+    assert crossover([4000, 8000], [1.1, 1.1], [1, 1], (LINEAR, QUADRATIC)) == Crossover(None, "never")
 
 
 def test_of_several_crossings_by_noise_the_last_one_counts():

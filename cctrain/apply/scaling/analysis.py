@@ -143,7 +143,6 @@ def _crossover(
     return {"latents": latents, "against": kind, **asdict(found)} | {
         "from": lengths[0],
         "to": lengths[-1],
-        "by_laws": polynomials is not None,
     }
 
 
