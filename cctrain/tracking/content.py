@@ -11,7 +11,7 @@ chart), so such a value is not sent: the chart has a gap, and the tag `cctrain.n
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -96,18 +96,31 @@ def thinned(counted: list[Line]) -> list[Line]:
 
     Evenly chosen are the multiples of a power of two, so a run that goes on needs none of the points again.
     """
-    steps = sorted(line["step"] for line in counted if line["event"] == "step")
-    earlier, latest, stride = steps[:-LATEST_STEPS], set(steps[-LATEST_STEPS:]), 1
-    while sum(step % stride == 0 for step in earlier) > EARLIER_STEPS:
+    steps = sorted((line["step"], looked_at_nodes(line)) for line in counted if line["event"] == "step")
+    earlier, stride = steps[:-LATEST_STEPS], 1
+    while len(chosen := evenly_chosen(earlier, stride)) > EARLIER_STEPS:
         stride *= 2
+    chosen |= {step for step, _ in steps[-LATEST_STEPS:]}
     return [
         line
         for line in counted
-        if line["event"] != "step"
-        or line["step"] in latest
-        or line["step"] % stride == 0
-        or line.get("checkpoint_seconds", 0) > 0
+        if line["event"] != "step" or line["step"] in chosen or line.get("checkpoint_seconds", 0) > 0
     ]
+
+
+def looked_at_nodes(line: Line) -> bool:
+    """Most steps do not: one a second does."""
+    return any(key.startswith("system/") for key in line)
+
+
+def evenly_chosen(steps: Sequence[tuple[int, bool]], stride: int) -> set[int]:
+    """The multiples of the stride, and from each one on the first that looked at nodes: both are periodic, and might
+    never meet."""
+    looks: dict[int, int] = {}
+    for step, looked in steps:
+        if looked:
+            looks.setdefault(step // stride, step)
+    return {step for step, _ in steps if step % stride == 0} | set(looks.values())
 
 
 def parameters_of(config_file: Path) -> dict[str, str]:

@@ -308,9 +308,25 @@ def test_of_a_long_run_every_step_that_a_checkpoint_kept_waiting_is_chosen() -> 
     assert [step for step in taken if step < 1000 and step % 4] == [501]
 
 
+def a_step(step: int) -> dict[str, Any]:
+    """Nodes are looked at in every fourth one, beginning with the first."""
+    return {"event": "step", "step": step} | ({"system/node-0/cpu_percent": 50.0} if step % 4 == 1 else {})
+
+
+@pytest.mark.parametrize("num_steps", [20_000, 100_000])
+def test_of_a_long_run_there_are_as_many_looks_at_nodes_as_other_points(num_steps: int) -> None:
+    lines = thinned([a_step(step) for step in range(1, num_steps + 1)])
+    earlier = [line for line in lines if line["step"] <= num_steps - 1000]
+    looks = [line["step"] for line in earlier if "system/node-0/cpu_percent" in line]
+    assert len(earlier) <= 5000
+    assert len(looks) >= len(earlier) // 2
+    stride = earlier[3]["step"] - earlier[1]["step"]
+    assert looks == list(range(1, num_steps - 1000 + 1, stride))
+
+
 def test_a_long_run_that_goes_on_needs_no_step_that_was_not_chosen_before() -> None:
     def chosen(num_steps: int) -> set[int]:
-        return {line["step"] for line in thinned([{"event": "step", "step": step} for step in range(1, num_steps + 1)])}
+        return {line["step"] for line in thinned([a_step(step) for step in range(1, num_steps + 1)])}
 
     assert all(chosen(num) & set(range(9_001)) <= chosen(9_000) for num in (9_500, 20_000, 50_000))
 
