@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cctrain.apply.scaling.processes import LEFT_OUT, in_new_processes
+from cctrain.apply.processes import LEFT_OUT, in_new_processes
 from cctrain.config import Config, ModelConfig
 from cctrain.cost.step import step_cost
 from cctrain.data.loading.loader import Loader, Share

@@ -30,10 +30,11 @@ from cctrain.run_directory import open_run
 from cctrain.training.data import resolve
 from cctrain.training.train import build_model
 from tools.label_transfer import embed_store, principal_components, transfer
+from tools.quality_plan import GENE_MEAN
 
 LABEL = "cell_type"  # column of obs
 SEED = 0  # of the hidden counts; models have seeds of their own
-GENE_MEAN, UNTRAINED = "gene mean", "untrained"
+UNTRAINED = "untrained"
 METRICS = ("nll", "correlation_within_gene", "label_transfer")
 
 

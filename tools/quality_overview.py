@@ -17,6 +17,7 @@ from tools.quality_report import (
     groups_of,
     in_budgets,
     mean_and_interval,
+    nll_of_gene_mean,
     no_better,
     number,
 )
@@ -102,7 +103,7 @@ def cell(result: dict[str, Any], rows: list[Row], dataset: str, column: str) -> 
     if column == SECONDS:
         about = "" if rows[0]["trained_on"] is None else "≈ "
         return f"{about}{found['mean']:,.0f}" if found else ""
-    of_gene_mean = result["datasets"][dataset]["baselines"]["gene mean"]["nll"]
+    of_gene_mean = nll_of_gene_mean(result["datasets"][dataset])
     return mean_and_interval(found) + dagger(column == "nll" and no_better(rows, of_gene_mean))
 
 

@@ -31,6 +31,7 @@ from typing import Any
 from cctrain.apply.scaling.measure import depth_of_as_many_parameters
 from cctrain.config import ModelConfig, TrainingConfig
 
+GENE_MEAN = "gene mean"  # the baseline that a model must beat before comparing with it says anything
 REFERENCE_LATENTS, OTHER_LATENTS = 64, (16, 256)
 CUT_TO = (500, 1000, 2000)
 STEPS, FLOPS, TIME, FLOPS_OF_DENSE, TIME_OF_DENSE = BUDGETS = (

@@ -12,7 +12,7 @@ from typing import Any
 from scipy.stats import t as student
 
 from cctrain.words import duration
-from tools.quality_plan import BUDGETS, DENSE, REFERENCE, STEPS, Training
+from tools.quality_plan import BUDGETS, DENSE, GENE_MEAN, REFERENCE, STEPS, Training
 
 Row = dict[str, Any]
 LOSSES = ("nll",)
@@ -71,6 +71,11 @@ def verdict(difference: dict[str, Any], metric: str) -> str | None:
     return BETTER if (high < 0) == (metric in LOSSES) else WORSE
 
 
+def nll_of_gene_mean(known: dict[str, Any]) -> float:
+    """On a data set."""
+    return known["baselines"][GENE_MEAN]["nll"]
+
+
 def no_better(rows: list[Row], gene_mean: float) -> bool:
     """By NLL, in one seed at least."""
     return any(row["nll"] >= gene_mean for row in rows)
@@ -98,7 +103,7 @@ def report_text(result: dict[str, Any], figure: str) -> str:
     """Markdown; `figure` is the path of the picture beside it. Raises ValueError if models of a data set were judged on
     different targets."""
     rows_of = {name: [row for row in result["rows"] if row["dataset"] == name] for name in result["datasets"]}
-    gene_means = {name: known["baselines"]["gene mean"]["nll"] for name, known in result["datasets"].items()}
+    gene_means = {name: nll_of_gene_mean(known) for name, known in result["datasets"].items()}
     comparisons = {name: against_dense(rows, gene_means[name]) for name, rows in rows_of.items()}
     seeds = sorted({row["seed"] for row in result["rows"]})
     seconds = {row["run"]: row["seconds"] for row in result["rows"]}
@@ -237,7 +242,7 @@ def _scores(rows: list[Row], known: dict[str, Any]) -> str:
     shown = [metric for metric in METRICS if metric != "label_transfer" or known["facts"]["labels"] is not None]
     heads = [f"{METRICS[metric]} | minus reference" for metric in shown]
     lines = [f"| model | equal | judged with | {' | '.join(heads)} |", "|---|---|---|" + "---|---|" * len(shown)]
-    groups, gene_mean = groups_of(rows), known["baselines"]["gene mean"]["nll"]
+    groups, gene_mean = groups_of(rows), nll_of_gene_mean(known)
     reference = next((group for key, group in groups.items() if key[0] == REFERENCE and STEPS in key[1]), [])
     for name, scores in known["baselines"].items():
         cells = [f"{number(scores[metric])} | " for metric in shown]

@@ -16,7 +16,8 @@ from cctrain.data.loading.contexts import choose_targets
 from cctrain.data.store.store import Cells, TokenStore
 from cctrain.training.data import context_rule
 from cctrain.training.loop import to_inputs
-from tools.quality_judge import GENE_MEAN, UNTRAINED, HeldOut, baselines, digest, hold_out, judging_config
+from tools.quality_judge import UNTRAINED, HeldOut, baselines, digest, hold_out, judging_config
+from tools.quality_plan import GENE_MEAN
 
 CUT = 12  # of 20 to 40 genes
 SHAPE = ModelConfig(width=16, depth=1, heads=2, latents=4)
