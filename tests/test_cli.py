@@ -239,6 +239,8 @@ def test_two_ranks_write_their_logs_and_the_losses_of_one(trained):
     one, two = steps_of(trained.run), steps_of(trained.folder / "runs" / "two")
     assert [line["samples"] for line in two] == [line["samples"] for line in one]
     np.testing.assert_allclose([line["loss"] for line in two], [line["loss"] for line in one], rtol=1e-5)
+    assert all(line.keys() >= STEP_KEYS | KEYS_OF_SEVERAL_RANKS for line in two)
+    assert all(line["cost/sent_bytes"] > 0 < line["communication_seconds"] for line in two)
     assert (trained.folder / "runs" / "mlflow.db").is_file()  # the default, beside the run
 
 

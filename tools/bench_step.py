@@ -39,6 +39,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cctrain.apply.processes import LEFT_OUT, in_new_processes
 from cctrain.apply.scaling.measure import (
     depth_of_as_many_parameters,
     describe,
@@ -48,7 +49,6 @@ from cctrain.apply.scaling.measure import (
     rates,
 )
 from cctrain.apply.scaling.points import DENSE
-from cctrain.apply.scaling.processes import LEFT_OUT, in_new_processes
 from cctrain.apply.scaling.work import PRECISIONS, Setting
 from cctrain.config import MemoryConfig, ModelConfig
 from cctrain.model.tiles import TILE_TOKENS

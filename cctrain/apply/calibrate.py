@@ -5,98 +5,60 @@ part is run forward and backward, in the shapes that the model gives it; medians
 take turns.
 """
 
-import json
-import math
 import platform
-import signal
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import IO, Any
+from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cctrain.apply.processes import LEFT_OUT, in_new_processes
 from cctrain.config import MemoryConfig, ModelConfig
 from cctrain.cost.devices import Device, Measured
 from cctrain.cost.flops import step_flops
 from cctrain.cost.step_time import num_stages
 from cctrain.errors import TrainingError
-from cctrain.launch.local import free_port, rank_environment
 from cctrain.model import attention
 from cctrain.model.layer import Norm
 from cctrain.model.tiles import TILE_TOKENS
 from cctrain.model.transformer import Inputs, Transformer, initialize
-from cctrain.parallel.mesh import Mesh, join_mesh
+from cctrain.parallel.mesh import Mesh
 from cctrain.training.engine import DTYPES
 from cctrain.training.objective import negative_log_likelihood
 from cctrain.words import model_in_words
 
 ROUNDS, SECONDS_A_ROUND = 5, 0.15  # of each part
 TOKENS_OF_DENSE, TARGETS, PARAMETERS = 2048, 20_000, 4_000_000
-SECONDS_FOR_THE_OTHERS = 5.0  # once a rank has failed
 LARGE_PAYLOAD, SMALL_PAYLOAD = 2**18, 8  # numbers
 
 
 def calibrate(model: ModelConfig, precision: str, num_ranks: int) -> Device:
-    """Measure with `num_ranks` local processes. Raises TrainingError if one of them fails."""
-    plan = json.dumps({"model": asdict(model), "precision": precision})
-    found = Device(**on_local_ranks("cctrain.apply.calibrate", plan, num_ranks))
+    """Measure with `num_ranks` local processes. Raises TrainingError where their memory does not suffice."""
+    found = Device(**on_local_ranks(measure, (model, precision), num_ranks))
     today = datetime.now(UTC).date().isoformat()
     return replace(found, measured=Measured(today, model_in_words(model), precision, num_ranks))
 
 
-def on_local_ranks(module: str, argument: str, num_ranks: int) -> dict[str, Any]:
-    """What the first of so many ranks, each `python -m MODULE ARGUMENT`, prints as its last line: a JSON object. They
-    end with whoever waits for it. Raises TrainingError if there is none."""
-    port, command = free_port(), [sys.executable, "-m", module, argument]
-    with ExitStack() as stack:
-        said = [[stack.enter_context(tempfile.TemporaryFile()) for _ in "oe"] for _ in range(num_ranks)]
-        ranks: list[subprocess.Popen] = []
-        try:
-            for rank, (output, error) in enumerate(said):
-                environment = rank_environment(rank, num_ranks, port)
-                ranks.append(subprocess.Popen(command, env=environment, stdout=output, stderr=error))
-            codes = wait_for_all(ranks)
-        finally:
-            for process in ranks:
-                process.kill()
-                process.wait()
-        outputs, errors = ([written(file) for file in files] for files in zip(*said, strict=True))
-    answer = outputs[0].rpartition("\n")[2]
-    if answer.startswith("{"):  # whatever the exit codes: gloo's threads can abort a process that has done its work
-        return json.loads(answer)
-    said_why = [error for code, error in zip(codes, errors, strict=True) if code] or errors
-    why = "a rank was killed: out of memory, most likely" if -signal.SIGKILL in codes else said_why[0]
-    raise TrainingError(f"this machine could not be measured:\n{why}")
+def on_local_ranks(
+    task: Callable[..., dict[str, Any]], arguments: tuple[Any, ...], num_ranks: int, num_context_ranks: int = 1
+) -> dict[str, Any]:
+    """What the first of so many ranks answers; `task` also gets the mesh. Raises TrainingError where their memory does
+    not suffice."""
+    answer = in_new_processes(task, arguments, num_ranks, num_context_ranks)
+    if LEFT_OUT in answer:
+        raise TrainingError(f"this machine could not be measured: {answer[LEFT_OUT]}")
+    return answer
 
 
-def wait_for_all(ranks: list[subprocess.Popen]) -> list[int | None]:
-    """Their exit codes, once all have ended; where one has failed, the others may wait for it in vain, and get a
-    moment. None: still waiting."""
-    deadline = math.inf
-    while None in (codes := [process.poll() for process in ranks]) and time.monotonic() < deadline:
-        if any(codes):
-            deadline = min(deadline, time.monotonic() + SECONDS_FOR_THE_OTHERS)
-        time.sleep(0.05)
-    return codes
-
-
-def written(file: IO[bytes]) -> str:
-    file.seek(0)
-    return file.read().decode(errors="replace").strip()
-
-
-def measure(model: ModelConfig, precision: str, mesh: Mesh) -> Device:
+def measure(model: ModelConfig, precision: str, mesh: Mesh) -> dict[str, Any]:
+    """The fields of a device, as one of the ranks finds it."""
     device, dtype = mesh.device, DTYPES[precision]
     parts = {
         "peak": product(model, dtype, device, backward=False),
@@ -113,7 +75,7 @@ def measure(model: ModelConfig, precision: str, mesh: Mesh) -> Device:
     rate = {name: amount / seconds[name] for name, (_, amount) in parts.items()}
     on_gpu = device.type == "cuda"
     memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total
-    return Device(
+    found = Device(
         name=torch.cuda.get_device_name(device) if on_gpu else f"{processor()}, {torch.get_num_threads()} thread(s)",
         memory=memory if on_gpu else memory / mesh.num_ranks,
         peak=max(rate["peak"], rate["products"]),
@@ -129,6 +91,7 @@ def measure(model: ModelConfig, precision: str, mesh: Mesh) -> Device:
         latency=seconds.get("latency", 0.0),
         kind=device.type,
     )
+    return asdict(found)
 
 
 def processor() -> str:
@@ -272,11 +235,3 @@ def all_reduce(numbers: int, device: torch.device) -> Part:
     """Bytes that a rank sends."""
     payload, ranks = torch.zeros(numbers, device=device), dist.get_world_size()
     return lambda: dist.all_reduce(payload), 2 * payload.nbytes * (ranks - 1) / ranks
-
-
-if __name__ == "__main__":
-    plan = json.loads(sys.argv[1])
-    with join_mesh() as mesh:
-        found = measure(ModelConfig(**plan["model"]), plan["precision"], mesh)
-        if mesh.is_first:
-            print(json.dumps(asdict(found)), flush=True)

@@ -14,7 +14,9 @@ from cctrain.cost.work import Contexts
 from cctrain.data.store.store import TokenStore, open_store
 from cctrain.errors import UsageError
 from cctrain.launch.local import default_ranks
+from cctrain.parallel.mesh import find_device_kind
 from cctrain.training.data import DEFAULT_MICRO_BATCH_TOKENS, look_at_store
+from cctrain.words import duration
 
 log = logging.getLogger(__name__)
 
@@ -69,18 +71,25 @@ def check_file_to_save(path: Path, device_name: str | None) -> None:
 def measure_here(config: Config, contexts_of: Callable[[Config], Contexts], ranks: int) -> Device:
     """The rates of the parts of a step, and what a rehearsal takes and holds beside its own parts."""
     from cctrain.apply.calibrate import calibrate
-    from cctrain.apply.rehearse import few_tokens, rehearse, smaller
+    from cctrain.apply.rehearse import expected_seconds, few_tokens, rehearse, smaller
+    from cctrain.training.engine import check_precision
 
+    kind = find_device_kind()
+    check_precision(config.training.precision, kind)
+    needs_of(config, contexts_of(config), ranks, kind)  # what it refuses is refused before anything is measured
     log.info("measuring the parts of a step with %d rank(s), about 15 s", ranks)
     device = calibrate(config.model, config.training.precision, ranks)
     small, short = smaller(config, contexts_of, ranks, device)
     tokens = f"{short.tokens:,.0f}"
-    log.info("rehearsing steps of %s contexts of about %s tokens, up to half a minute", small.data.global_batch, tokens)
-    rehearsed, parts = rehearse(small, short, ranks), estimate(small, short, device, ranks)
+    parts = estimate(small, short, device, ranks)
+    took = duration(expected_seconds(parts.seconds.total))
+    log.info("rehearsing steps of %d contexts of about %s tokens, about %s", small.data.global_batch, tokens, took)
+    rehearsed = rehearse(small, short, ranks)
     process = max(0.0, rehearsed.memory_of_few_tokens - needs_of(small, few_tokens(short), ranks, device.kind).memory)
     return replace(
         device,
-        process=process + rehearsed.growth,
+        process=process,
+        growth=rehearsed.growth,
         held_over_needed=max(1.0, (rehearsed.memory - process) / parts.needs.memory),
         rehearsed_over_parts=rehearsed.seconds / parts.seconds.total,
     )
@@ -91,11 +100,11 @@ def contexts_from_store(config: Config, store: TokenStore) -> Contexts:
 
 
 def without_store(config: Config, tokens: int) -> Config:
-    """As if every context had so many tokens."""
+    """As if every context had so many tokens; the configuration may be of a run, which had a store."""
     held = -(-tokens // config.parallel.context)
     encoding = config.model.cell_encoding or 0
     micro_batch = config.data.micro_batch_tokens or max(DEFAULT_MICRO_BATCH_TOKENS, held)
-    data = replace(config.data, max_tokens=tokens, micro_batch_tokens=micro_batch)
+    data = replace(config.data, digest=None, max_tokens=tokens, micro_batch_tokens=micro_batch)
     return replace(config, data=data, model=replace(config.model, cell_encoding=encoding))
 
 

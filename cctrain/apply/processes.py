@@ -1,5 +1,5 @@
-"""A measurement in new processes, one for each context rank: memory begins at nothing, and running out of it is a fact
-to note, not the end of whoever asked."""
+"""A measurement in new processes, one for each rank: memory begins at nothing, and running out of it is a fact to note,
+not the end of whoever asked."""
 
 import multiprocessing
 import os
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from cctrain.errors import CctrainError
 from cctrain.launch.local import free_port, rank_environment
 from cctrain.parallel.mesh import join_mesh
 
@@ -23,22 +24,28 @@ OUT_OF_MEMORY = "out of memory"
 KILLED = "its process was killed: out of memory, most likely"
 SECONDS_FOR_THE_OTHERS = 5.0  # to say what happened to them, once one rank has failed
 PATIENCE = 7200.0  # seconds that a rank waits for another
-_FAILED = "failed"
+_REFUSED, _FAILED = "refused", "failed"
 
 
 def in_new_processes(
-    task: Callable[..., dict[str, Any]], arguments: tuple[Any, ...], num_ranks: int = 1
+    task: Callable[..., dict[str, Any]],
+    arguments: tuple[Any, ...],
+    num_ranks: int = 1,
+    num_context_ranks: int | None = None,
 ) -> dict[str, Any]:
-    """The first rank's answer, or {left_out: why}; `task` also gets the mesh where there are several ranks.
+    """The first rank's answer, or {left_out: why}; where `num_context_ranks` is given, `task` also gets the mesh, with
+    rows of so many.
 
-    They end with this process, however it ends. Raises RuntimeError with the traceback of a task that fails otherwise.
+    They end with this process, however it ends. A task's CctrainError is raised here; where it fails otherwise, a
+    RuntimeError with its traceback.
     """
     context, port = multiprocessing.get_context("spawn"), free_port()
     processes, answers = [], []
     try:
         for rank in range(num_ranks):
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_answer, args=(theirs, rank, num_ranks, port, task, arguments))
+            environment = rank_environment(rank, num_ranks, port) if num_ranks > 1 else {}
+            process = context.Process(target=_answer, args=(theirs, environment, num_context_ranks, task, arguments))
             process.start()
             theirs.close()  # so that its end is seen here
             processes.append(process)
@@ -64,7 +71,7 @@ def _collect(answers: list[Connection]) -> list[dict[str, Any] | None]:
                 found[rank] = answer.recv()
             except EOFError:
                 found[rank] = {LEFT_OUT: KILLED}
-            if deadline is None and found[rank].keys() & {LEFT_OUT, _FAILED}:
+            if deadline is None and found[rank].keys() & {LEFT_OUT, _REFUSED, _FAILED}:
                 deadline = time.monotonic() + SECONDS_FOR_THE_OTHERS
     return [found.get(rank) for rank in range(len(answers))]
 
@@ -75,6 +82,9 @@ def _judge(answers: list[dict[str, Any] | None]) -> dict[str, Any]:
     if left_out:
         return min(left_out, key=lambda answer: answer[LEFT_OUT] == KILLED)  # what a rank says itself is surer
     for answer in given:
+        if _REFUSED in answer:
+            raise answer[_REFUSED]
+    for answer in given:
         if _FAILED in answer:
             raise RuntimeError(answer[_FAILED])
     return given[0]
@@ -82,9 +92,8 @@ def _judge(answers: list[dict[str, Any] | None]) -> dict[str, Any]:
 
 def _answer(
     answer: Connection,
-    rank: int,
-    num_ranks: int,
-    port: int,
+    environment: dict[str, str],
+    num_context_ranks: int | None,
     task: Callable[..., dict[str, Any]],
     arguments: tuple[Any, ...],
 ) -> None:
@@ -93,9 +102,11 @@ def _answer(
     with suppress(OSError):  # when memory is short, the kernel shall end this process and no other
         Path("/proc/self/oom_score_adj").write_text("1000")
     try:
-        result = _run(rank, num_ranks, port, task, arguments)
+        result = _run(environment, num_context_ranks, task, arguments)
     except (torch.OutOfMemoryError, MemoryError):
         result = {LEFT_OUT: OUT_OF_MEMORY}
+    except CctrainError as error:
+        result = {_REFUSED: error}
     except Exception as error:
         says_so = "can't allocate memory" in str(error)  # torch on CPUs has no error of its own for that
         result = {LEFT_OUT: OUT_OF_MEMORY} if says_so else {_FAILED: traceback.format_exc()}
@@ -103,14 +114,17 @@ def _answer(
 
 
 def _run(
-    rank: int, num_ranks: int, port: int, task: Callable[..., dict[str, Any]], arguments: tuple[Any, ...]
+    environment: dict[str, str],
+    num_context_ranks: int | None,
+    task: Callable[..., dict[str, Any]],
+    arguments: tuple[Any, ...],
 ) -> dict[str, Any]:
-    if num_ranks == 1:
+    os.environ.update(environment)
+    if environment:  # left alone, each of several ranks would take all cores
+        torch.set_num_threads(threads_of_a_rank(torch.get_num_threads(), int(environment["WORLD_SIZE"])))
+    if num_context_ranks is None:
         return task(*arguments)
-    os.environ.update(rank_environment(rank, num_ranks, port))
-    # Left alone, each would take all cores.
-    torch.set_num_threads(threads_of_a_rank(torch.get_num_threads(), num_ranks))
-    with join_mesh(PATIENCE, num_ranks) as mesh:
+    with join_mesh(PATIENCE, num_context_ranks) as mesh:
         return task(*arguments, mesh)
 
 

@@ -9,13 +9,11 @@ leads from there to the whole.
 """
 
 import copy
-import json
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import repeat
 from pathlib import Path
 from statistics import median
@@ -26,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from cctrain.apply.calibrate import on_local_ranks
-from cctrain.config import Config, load_config, to_yaml
+from cctrain.config import Config
 from cctrain.cost.devices import Device
 from cctrain.cost.estimate import estimate
 from cctrain.cost.parameters import num_parameters
@@ -35,7 +33,7 @@ from cctrain.data.loading.batches import Batch
 from cctrain.data.loading.loader import Loader, RankStep
 from cctrain.data.loading.order import Order
 from cctrain.data.store.store import GeneTable, open_store
-from cctrain.parallel.mesh import Mesh, join_mesh, sum_over_ranks
+from cctrain.parallel.mesh import Mesh, sum_over_ranks
 from cctrain.process_memory import resident
 from cctrain.tracking.client import connect
 from cctrain.training.data import share_of, training_order, training_rule
@@ -74,8 +72,7 @@ def smaller(
     while estimate(config, contexts, device, ranks).seconds.total > LONGEST_STEP:
         if data.global_batch > rows:
             data.global_batch = max(rows, data.global_batch // 2)
-        elif contexts.tokens > SHORTEST * config.parallel.context and (data.max_tokens or 0) > 1:
-            data.max_tokens = (data.max_tokens or 0) // 2
+        elif contexts.tokens > SHORTEST * config.parallel.context and shorten(config, contexts_of):
             contexts = contexts_of(config)
         elif model.depth > 1:
             model.depth //= 2
@@ -84,17 +81,31 @@ def smaller(
     return config, contexts
 
 
+def shorten(config: Config, contexts_of: Callable[[Config], Contexts]) -> bool:
+    """Half the cells of a context, which keeps the share of targets; of a single cell half the visible tokens. False
+    where there is nothing to halve."""
+    data = config.data
+    if data.context == "group" and data.window != 1:
+        of_a_cell = replace(config, data=replace(data, window=1))
+        cells = data.window or round(contexts_of(config).tokens / contexts_of(of_a_cell).tokens)
+        data.window = max(1, cells // 2)
+        return True
+    data.max_tokens = (data.max_tokens or 0) // 2
+    return data.max_tokens > 0
+
+
+def expected_seconds(step_seconds: float) -> float:
+    """Of a rehearsal of such steps, by their parts."""
+    return max(SECONDS_OF_STEPS, (FEWEST_STEPS + 1) * step_seconds)
+
+
 def rehearse(config: Config, contexts: Contexts, ranks: int) -> Rehearsal:
-    """Take steps on so many local ranks. Raises TrainingError if one of them fails."""
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        file.write(to_yaml(config))
-        file.flush()
-        plan = json.dumps({"config": file.name, "contexts": asdict(contexts)})
-        return Rehearsal(**on_local_ranks("cctrain.apply.rehearse", plan, ranks))
+    """Take steps on so many local ranks. Raises TrainingError where their memory does not suffice."""
+    return Rehearsal(**on_local_ranks(take_steps, (config, contexts), ranks, config.parallel.context))
 
 
-def take_steps(config: Config, contexts: Contexts, mesh: Mesh) -> Rehearsal:
-    """What one of the ranks does."""
+def take_steps(config: Config, contexts: Contexts, mesh: Mesh) -> dict[str, float]:
+    """The fields of a rehearsal: what one of the ranks does."""
     with tempfile.TemporaryDirectory() as folder:
         connect(f"sqlite:///{folder}/mlflow.db")  # the first rank of a training holds all that this loads
     config.training.steps, seconds = MOST_STEPS, []
@@ -115,7 +126,7 @@ def take_steps(config: Config, contexts: Contexts, mesh: Mesh) -> Rehearsal:
                 break
     memory = torch.tensor([peaks[-1], most_of_few_tokens, growth_after(peaks)], dtype=torch.float64, device=mesh.device)
     dist.all_reduce(memory, dist.ReduceOp.MAX)
-    return Rehearsal(median(seconds[len(seconds) // 2 :]), *memory.tolist())
+    return asdict(Rehearsal(median(seconds[len(seconds) // 2 :]), *memory.tolist()))
 
 
 def growth_after(peaks: Sequence[float]) -> float:
@@ -225,12 +236,3 @@ def watched_memory(device: torch.device) -> Iterator[Callable[[], float]]:
     finally:
         ended.set()
         looking.join()
-
-
-if __name__ == "__main__":
-    told = json.loads(sys.argv[1])
-    settings = load_config(Path(told["config"]))
-    with join_mesh(num_context_ranks=settings.parallel.context) as place:
-        rehearsed = take_steps(settings, Contexts(**told["contexts"]), place)
-        if place.is_first:
-            print(json.dumps(asdict(rehearsed)), flush=True)

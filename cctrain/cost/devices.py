@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parent / "devices"
 USABLE = 0.9  # of a device's memory; assumed: fragmentation takes the rest from the allocator
 _SHEET = {"name", "memory", "process", "peak", "bandwidth", "per_node", "inside", "between", "latency", "attained"}
 _ATTAINED = {"products", "attention", "bandwidth", "network"}
-_MAY_BE_ZERO = {"process", "latency"}
+_MAY_BE_ZERO = {"process", "growth", "latency"}
 # Of AdamW and of what ZeRO copies, read and written; and of a target's loss in fp64, forward and backward.
 _BYTES_OF_A_PARAMETER, _BYTES_OF_A_TARGET = 90, 1000
 _CALL_ON_A_GPU = 2e-4  # seconds of starting the kernels of one stage, forward and backward
@@ -50,9 +50,9 @@ class Device:
     `products` and `attention` are what it reaches in products of matrices and in attention, `elementwise` in the rest
     of a layer; `call` is what a stage takes however little there is to do. A rank sends at `inside` within its node of
     `per_node` devices and at `between` to others; a collective takes `latency` at least. `process` is what a process
-    holds beside the model and its work, `kind` is cuda or cpu. A step takes `rehearsed_over_parts` times as long as its
-    parts, and a rank holds `held_over_needed` times as much as model and work need. Without `measured` this is a model
-    of a device.
+    holds beside the model and its work, `growth` what its heap will grow by, `kind` is cuda or cpu. A step takes
+    `rehearsed_over_parts` times as long as its parts, and a rank holds `held_over_needed` times as much as model and
+    work need. Without `measured` this is a model of a device.
     """
 
     name: str
@@ -69,6 +69,7 @@ class Device:
     between: float
     latency: float
     process: float = 0.0
+    growth: float = 0.0
     kind: str = "cuda"
     rehearsed_over_parts: float = 1.0
     held_over_needed: float = 1.0

@@ -73,7 +73,7 @@ class Estimate:
     @property
     def memory(self) -> float:
         """Bytes of a rank at most."""
-        return self.device.process + self.device.held_over_needed * self.needs.memory
+        return self.device.process + self.device.growth + self.device.held_over_needed * self.needs.memory
 
     @property
     def usable(self) -> float:
@@ -131,8 +131,10 @@ def as_json(found: Estimate, token_budget: float | None = None) -> dict[str, Any
         "fits": found.fits,
         "memory_by_component": {
             "process": found.device.process,
+            "growth": found.device.growth,
             "state": asdict(needs.state),
             "activations": asdict(needs.activations),
+            "held_beyond_need": (found.device.held_over_needed - 1) * needs.memory,
         },
         "offloaded_bytes_of_a_node": found.offloaded_of_a_node,
         "product_flops_of_a_rank": flops.total,
@@ -187,6 +189,7 @@ def as_text(found: Estimate, token_budget: float | None = None) -> str:
         + f"; in backward {size(kept.backward)}, in the optimizer's step {size(kept.step)}",
         f"          activations {size(made.total)}"
         + (f"; the process itself {size(found.device.process)}" if found.device.process else "")
+        + (f"; it will grow by {size(found.device.growth)}" if found.device.growth else "")
         + (f"; a rehearsal held {held:.2f} times what is needed" if held != 1 else ""),
         *([offloaded(found)] if made.offloaded else []),
         f"FLOPs     {needs.flops.total:.3g} a step and rank: {of_components}; attention {told['attention_share']:.1%}",
@@ -257,7 +260,7 @@ def summary(needs: Needs, device: Device | None = None) -> str:
         return first
     found, steps = on_device(needs, device), needs.config.training.steps
     return (
-        f"{first}\nwith {size(device.process)} of the process itself it {verdict(found)}; "
+        f"{first}\na rank comes to hold {size(found.memory)}, the process and all, and {verdict(found)}; "
         f"about {found.seconds.total:.3g} s a step, {found.hours_of(steps):,.1f} h for {steps:,} steps "
         + ("(by rates measured on such a machine)" if device.measured else "(a model, not a measurement)")
     )

@@ -30,8 +30,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def build_engine(model: Transformer, config: Config, mesh: Mesh) -> Any:
     """Wrap the model; every parameter is trained. The model must hold the same weights on every rank."""
-    if config.training.precision == "fp16" and mesh.device.type != "cuda":
-        raise UsageError("training.precision=fp16 needs a GPU: use bf16 or fp32 on CPUs")
+    check_precision(config.training.precision, mesh.device.type)
     shape = config.model.heads, config.model.width // config.model.heads
     choose(config.model.backend, torch.empty(1, *shape, dtype=DTYPES[config.training.precision], device=mesh.device))
     model.to(mesh.device)
@@ -48,6 +47,12 @@ def build_engine(model: Transformer, config: Config, mesh: Mesh) -> Any:
     if not engine.zero_optimization():
         _undo_step_of_zeros(engine)
     return engine
+
+
+def check_precision(precision: str, device_kind: str) -> None:
+    """Raises UsageError where devices of this kind, cuda or cpu, do not train in it."""
+    if precision == "fp16" and device_kind != "cuda":
+        raise UsageError("training.precision=fp16 needs a GPU: use bf16 or fp32 on CPUs")
 
 
 def deepspeed_config(config: Config, parameters: int = LARGEST_BUCKET) -> dict[str, Any]:

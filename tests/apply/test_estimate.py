@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from cctrain.apply import calibrate, rehearse
-from cctrain.config import load_config
+from cctrain.apply.processes import KILLED, LEFT_OUT
+from cctrain.config import Config, ModelConfig, load_config
 from cctrain.cost.devices import load_device
 from cctrain.cost.parameters import num_parameters
 from cctrain.data.loading.loader import Loader, Share
 from cctrain.data.store.store import TokenStore
+from cctrain.errors import TrainingError
 from cctrain.training.data import look_at_store, training_order, training_rule
 from tests.commands import cctrain
 
@@ -96,6 +98,37 @@ def measured_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rehearse, "rehearse", lambda *_: rehearse.Rehearsal(1.0, 0.9e9, 5e8, growth=1e8))
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("training.precision=fp16",), "training.precision=fp16 needs a GPU"),
+        (("--ranks", "3", "parallel.context=2"), "parallel.context=2 does not divide 3 ranks"),
+    ],
+)
+def test_what_is_refused_is_refused_before_anything_is_measured(config: Path, words: tuple[str, ...], said: str):
+    told = estimated(config, "--tokens", "1000", *words, code=2)
+    assert said in told
+    assert "measuring" not in told
+
+
+@pytest.mark.usefixtures("measured_at_once")
+def test_the_configuration_of_a_run_may_be_estimated_for_contexts_that_its_store_does_not_have(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Which has a digest of its store."""
+    rehearsed: list[Config] = []
+    found = rehearse.Rehearsal(1.0, 0.9e9, 5e8, growth=1e8)
+    monkeypatch.setattr(rehearse, "rehearse", lambda config, *_: rehearsed.append(config) or found)
+    estimated(config, "--tokens", "1000", "data.digest=0123")
+    assert not rehearse.has_store(rehearsed[0])
+
+
+def test_memory_that_does_not_suffice_is_an_error_of_a_training(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(calibrate, "in_new_processes", lambda *_: {LEFT_OUT: KILLED})
+    with pytest.raises(TrainingError, match=f"this machine could not be measured: {KILLED}"):
+        calibrate.calibrate(ModelConfig(), "fp32", 2)
+
+
 @pytest.mark.usefixtures("measured_at_once")
 def test_what_was_measured_and_kept_estimates_the_same_again(config: Path, tmp_path: Path):
     file, words = tmp_path / "here.yaml", ("--tokens", "1000", "parallel.context=2", "--json")
@@ -106,7 +139,8 @@ def test_what_was_measured_and_kept_estimates_the_same_again(config: Path, tmp_p
     assert again == measured
     assert again["ranks"] == 2
     assert again["measured"] is True
-    assert 5e8 < again["device"]["process"] < 6e8
+    assert 4e8 < again["device"]["process"] < 5e8
+    assert again["device"]["growth"] == 1e8
     assert again["memory_bytes"] == pytest.approx(1e9)
     assert again["rehearsed_over_parts"] != 1
 

@@ -4,11 +4,13 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from cctrain.apply import rehearse
 from cctrain.apply.estimate import contexts_without_store
 from cctrain.apply.rehearse import LONGEST_STEP, MOST_PARAMETERS, growth_after, made_up_batches, smaller
 from cctrain.config import Config, ModelConfig
@@ -16,12 +18,12 @@ from cctrain.cost.devices import load_device
 from cctrain.cost.estimate import estimate
 from cctrain.cost.parameters import num_parameters
 from cctrain.cost.work import Contexts, work_of
-from cctrain.parallel.mesh import Mesh
+from cctrain.parallel.mesh import Mesh, join_mesh
 
 CPU = torch.device("cpu")
 
 
-def training(**data: int) -> Config:
+def training(**data: Any) -> Config:
     config = Config(model=ModelConfig(width=64, depth=4, heads=4, latents=16))
     config.training.precision = "fp32"
     config.data.global_batch, config.data.micro_batch_tokens = 7, 2500
@@ -87,6 +89,36 @@ def test_one_with_long_steps_is_rehearsed_with_less_of_everything_and_itself_not
     assert estimate(small, short, slow, 2).seconds.total <= LONGEST_STEP
     assert config == before
     assert (small.data.global_batch, short.tokens) == (2, small.data.max_tokens)
+
+
+@pytest.mark.parametrize("window", [None, 64])
+def test_a_group_of_cells_is_rehearsed_with_fewer_of_them_and_as_large_a_share_of_targets(window):
+    """A cell has 300 visible tokens and 60 targets, and a group 1,000 cells."""
+
+    def contexts_of(config: Config) -> Contexts:
+        cells = config.data.window or 1000
+        return Contexts(cells * (min(300, config.data.max_tokens or 300) + 60), cells * 60, 20_000)
+
+    config = training(global_batch=1, max_tokens=1000, context="group", window=window)
+    slow = load_device("h100", "fp32")
+    slow = replace(slow, products=slow.products / 15_000, attention=slow.attention / 15_000)
+    assert estimate(config, contexts_of(config), slow, 1).seconds.total > LONGEST_STEP
+    small, short = smaller(config, contexts_of, 1, slow)
+    assert estimate(small, short, slow, 1).seconds.total <= LONGEST_STEP
+    assert short == contexts_of(small)
+    assert short.targets / short.tokens == 60 / 360
+    assert config.data.window == window
+
+
+def test_steps_of_made_up_contexts_are_taken_before_there_is_a_store(monkeypatch):
+    monkeypatch.setattr(rehearse, "SECONDS_OF_STEPS", 0.0)
+    config = training(global_batch=2)
+    config.data.digest, config.model.cell_encoding = None, 0
+    with join_mesh() as mesh:
+        found = rehearse.Rehearsal(**rehearse.take_steps(config, Contexts(1000, 60, 50), mesh))
+    assert found.seconds > 0
+    assert found.memory >= found.memory_of_few_tokens > 10**8
+    assert found.growth >= 0
 
 
 def test_a_model_too_large_for_a_rehearsal_has_fewer_layers_there():

@@ -34,8 +34,10 @@ def test_a_rank_needs_its_process_and_the_peak_of_all_its_micro_batches(found):
 
 
 def test_a_rank_holds_as_many_times_what_it_needs_as_a_rehearsal_did(found):
-    held = replace(found, device=replace(DEVICE, held_over_needed=1.25))
-    assert held.memory == 1e9 + 1.25 * found.needs.memory
+    held = replace(found, device=replace(DEVICE, growth=5e8, held_over_needed=1.25))
+    assert held.memory == 1e9 + 5e8 + 1.25 * found.needs.memory
+    assert "it will grow by 500 MB" in as_text(held)
+    assert "it will grow" not in as_text(found)
     assert "held 1.25 times what is needed" in as_text(held)
     assert "times what is needed" not in as_text(found)
 
@@ -50,10 +52,16 @@ def test_a_training_fits_into_nine_tenths_of_the_memory_and_into_no_less(found):
 def test_text_and_summary_say_what_it_fits_into_and_what_fragmentation_may_take(found):
     fitting = "into 72 GB of the 80 GB of NVIDIA H100 SXM"
     assert f": fits {fitting}\n          the other 8 GB are left to the allocator's fragmentation" in as_text(found)
-    assert f"with 1 GB of the process itself it fits {fitting}" in summary(found.needs, DEVICE)
+    held = f"a rank comes to hold {size(found.memory)}, the process and all, and fits {fitting}"
+    assert held in summary(found.needs, DEVICE)
     too_large = replace(DEVICE, process=72e9)
     assert f": DOES NOT FIT {fitting}" in as_text(replace(found, device=too_large))
-    assert f"it DOES NOT FIT {fitting}" in summary(found.needs, too_large)
+    assert f"and DOES NOT FIT {fitting}" in summary(found.needs, too_large)
+
+
+def test_the_summary_tells_the_memory_that_decides_whether_it_fits(found):
+    device = replace(DEVICE, growth=2e9, held_over_needed=3.0)
+    assert f"hold {size(3e9 + 3 * found.needs.memory)}, the process and all, and fits" in summary(found.needs, device)
 
 
 @pytest.mark.parametrize(("per_node", "on_a_node"), [(8, 4), (2, 2)])

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
+from cctrain.apply.processes import in_new_processes
 from cctrain.apply.scaling.analysis import FIT_FROM, THEORY, analyse
 from cctrain.apply.scaling.measure import MOST_REPEATS, depth_of_as_many_parameters, seconds_of
 from cctrain.apply.scaling.points import Row, adopt_settings, digest_of, points_of, read_points
-from cctrain.apply.scaling.processes import in_new_processes
 from cctrain.apply.scaling.report import crossover_in_words, csv_text, exponent_in_words, report_text
 from cctrain.apply.scaling.sweep import Plan, forecast, seconds_to_go, sweep
 from cctrain.apply.scaling.tracking import track

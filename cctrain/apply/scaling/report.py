@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from cctrain.apply.processes import threads_of_a_rank
 from cctrain.apply.scaling.analysis import THEORY, one_and_several
 from cctrain.apply.scaling.points import CRISS_CROSS, DENSE, Row
-from cctrain.apply.scaling.processes import threads_of_a_rank
 from cctrain.config import ModelConfig
 from cctrain.cost.traffic import exchange_of_a_layer, sent
 from cctrain.cost.work import ELEMENT_BYTES

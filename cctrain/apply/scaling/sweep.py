@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 
+from cctrain.apply.processes import LEFT_OUT, in_new_processes
 from cctrain.apply.scaling.measure import measure, medians, rates
 from cctrain.apply.scaling.points import Point, Row, append_point
 from cctrain.apply.scaling.predict import (
@@ -23,7 +24,6 @@ from cctrain.apply.scaling.predict import (
     seconds_of_point,
     seconds_of_turn,
 )
-from cctrain.apply.scaling.processes import LEFT_OUT, in_new_processes
 from cctrain.apply.scaling.work import Setting
 from cctrain.code_version import code_commit
 from cctrain.words import duration
@@ -52,7 +52,8 @@ class Plan:
 def measure_point(point: Point, setting: Setting, most_repeats: int) -> dict[str, Any]:
     """Every time taken, or {left_out: why}."""
     arguments = point.model, point.tokens, setting, most_repeats
-    return in_new_processes(measure, arguments, point.context_ranks)
+    several = point.context_ranks if point.context_ranks > 1 else None
+    return in_new_processes(measure, arguments, point.context_ranks, several)
 
 
 def to_measure(plan: Plan, rows: dict[str, Row]) -> list[Point]:

@@ -1,28 +1,19 @@
 """`cctrain scaling` as a user starts it: real points, killed and resumed, refusals; and processes that fail."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
-import torch
 
 from cctrain.apply.scaling import command
 from cctrain.apply.scaling.command import numbers
-from cctrain.apply.scaling.measure import measure, medians
-from cctrain.apply.scaling.processes import KILLED, LEFT_OUT, OUT_OF_MEMORY, in_new_processes
-from cctrain.apply.scaling.sweep import sweep
+from cctrain.apply.scaling.measure import medians
+from cctrain.apply.scaling.points import CRISS_CROSS, Point
+from cctrain.apply.scaling.sweep import measure_point, sweep
 from cctrain.apply.scaling.work import Setting
 from cctrain.cli import app
 from cctrain.config import MemoryConfig, ModelConfig
 from cctrain.errors import UsageError
-from cctrain.parallel.mesh import Mesh
 from tests.apply.scaling.sweeps import timings
 
 
@@ -45,36 +36,6 @@ def quick_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     lawful = lambda point, *_: timings(point)  # noqa: E731
     monkeypatch.setattr(command, "sweep", lambda folder, plan, rows: sweep(folder, plan, rows, lawful))
     monkeypatch.setattr("cctrain.apply.scaling.figures.draw_figures", lambda *_: [])
-
-
-def out_of_memory() -> dict[str, Any]:
-    raise torch.OutOfMemoryError
-
-
-def not_allocated() -> dict[str, Any]:
-    return {"size": len(torch.empty(2**60))}
-
-
-def killed() -> dict[str, Any]:
-    os.kill(os.getpid(), signal.SIGKILL)
-    return {}
-
-
-def endless() -> dict[str, Any]:
-    time.sleep(600)
-    return {}
-
-
-def defective() -> dict[str, Any]:
-    raise ValueError("a defect")
-
-
-def one_without_memory(mesh: Mesh) -> dict[str, Any]:
-    """The others wait for it."""
-    if mesh.rank == 1:
-        raise torch.OutOfMemoryError
-    torch.distributed.barrier()
-    return {"rank": mesh.rank}
 
 
 @pytest.mark.slow
@@ -167,45 +128,11 @@ def test_numbers_stand_between_commas_or_spaces():
 
 @pytest.mark.slow
 @pytest.mark.processes
-@pytest.mark.parametrize(
-    ("task", "reason"), [(out_of_memory, OUT_OF_MEMORY), (not_allocated, OUT_OF_MEMORY), (killed, KILLED)]
-)
-def test_a_process_without_memory_is_a_point_that_was_left_out(task, reason):
-    assert in_new_processes(task, ()) == {LEFT_OUT: reason}
-
-
-@pytest.mark.slow
-@pytest.mark.processes
-def test_a_defect_is_an_error_with_its_traceback():
-    with pytest.raises(RuntimeError, match="a defect"):
-        in_new_processes(defective, ())
-
-
-@pytest.mark.slow
-@pytest.mark.processes
-def test_a_measurement_ends_with_the_process_that_asked_for_it():
-    asks = f"from {__name__} import endless, in_new_processes; in_new_processes(endless, ())"
-    asking = subprocess.Popen([sys.executable, "-c", asks], cwd=Path(__file__).parents[3])
-    while not (measuring := psutil.Process(asking.pid).children()):
-        assert asking.poll() is None
-        time.sleep(0.1)
-    asking.kill()
-    asking.wait()
-    assert not psutil.wait_procs(measuring, timeout=60)[1]
-
-
-@pytest.mark.slow
-@pytest.mark.processes
-def test_of_several_ranks_the_one_without_memory_speaks_for_all():
-    assert in_new_processes(one_without_memory, (), num_ranks=2) == {LEFT_OUT: OUT_OF_MEMORY}
-
-
-@pytest.mark.slow
-@pytest.mark.processes
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_a_context_is_measured_on_as_many_ranks_as_share_it(num_ranks):
     model, setting = ModelConfig(width=16, depth=2, heads=2, latents=4), Setting("cpu", "fp32", 50, MemoryConfig())
-    found = in_new_processes(measure, (model, 41, setting, 2), num_ranks)
+    point = Point(CRISS_CROSS, model, 41, num_ranks)
+    found = measure_point(point, setting, 2)
     assert len(found["steps"]) == len(found["attention_of_a_layer"]) == 2
     assert found["flops_of_matrix_products"] == num_ranks * 2 * 2048**3
     assert medians(found, model.depth)["attention_seconds"] > 0

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from cctrain.apply.processes import LEFT_OUT, OUT_OF_MEMORY
 from cctrain.apply.scaling import sweep as module
 from cctrain.apply.scaling.points import Point, read_points
-from cctrain.apply.scaling.processes import LEFT_OUT, OUT_OF_MEMORY
 from cctrain.apply.scaling.sweep import Plan, forecast, seconds_to_go, sweep, to_measure
 from cctrain.apply.scaling.work import Setting
 from tests.apply.scaling.sweeps import DIGEST, a_plan, timings
