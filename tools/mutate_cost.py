@@ -16,9 +16,9 @@ FILE keeps every mutation, as text of its line before and after, with the first 
     hang     killed after 20 minutes
     unknown  one of these: the row was kept before this was told
 
-The same command goes on where it was stopped; other modules are added, and with --slow the survivors of the quick tests
-are tried again. A mutation that survives changed a formula that no test looks at, or changed nothing: a person has to
-see which.
+The first mutation of every line comes first. The same command goes on where it was stopped; other modules are added,
+and with --slow the survivors of the quick tests are tried again. A mutation that survives changed a formula that no
+test looks at, or changed nothing: a person has to see which.
 """
 
 import argparse
@@ -33,7 +33,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -105,7 +105,7 @@ def mutate(
         wanted = {mutation: source for module in modules for mutation, source in mutants(original, module).items()}
         kept = kept_rows(out, tests, slow).items()
         rows = {mutation: row for mutation, row in kept if mutation in wanted or mutation.module not in modules}
-        missing = [mutation for mutation in wanted if mutation not in rows]
+        missing = [mutation for mutation in in_turns(wanted) if mutation not in rows]
         if missing:
             check_tests(original, modules[0], tests, slow)
         started, commit = time.monotonic(), code_commit()
@@ -128,6 +128,16 @@ def mutate(
     found = summary(rows, tests, slow)
     print(f"{found['verdict']} make a test fail ({', '.join(f'{how} {times}' for how, times in found['how'].items())})")
     return list(rows.values())
+
+
+def in_turns(mutations: Iterable[Mutation]) -> list[Mutation]:
+    """The first of every line, then the second of each, and so on: stopped early, this has seen most formulas."""
+    earlier: Counter[tuple[str, int]] = Counter()
+    turns = {}
+    for mutation in mutations:
+        turns[mutation] = earlier[mutation.module, mutation.line]
+        earlier[mutation.module, mutation.line] += 1
+    return sorted(turns, key=turns.__getitem__)
 
 
 def left_out(root: Path, folder: str, names: list[str]) -> set[str]:

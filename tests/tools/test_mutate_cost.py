@@ -7,7 +7,19 @@ from pathlib import Path
 import pytest
 
 from tools import mutate_cost
-from tools.mutate_cost import MODULES, QUICK, ROOT, SLOW, edits, mutants, mutate, run_tests, verdict_of
+from tools.mutate_cost import (
+    MODULES,
+    QUICK,
+    ROOT,
+    SLOW,
+    Mutation,
+    edits,
+    in_turns,
+    mutants,
+    mutate,
+    run_tests,
+    verdict_of,
+)
 
 FORMULA = '''"""The area of 2 frames."""
 
@@ -106,6 +118,11 @@ def test_what_caught_a_mutant_is_tried_first_on_the_next(repository, monkeypatch
     everything, alone = ["test_area.py", "test_sign.py"], ["test_area.py::test_area"]
     unchanged_and_broken = [everything, everything]
     assert tried == [*unchanged_and_broken, everything, *[alone] * (NUMBER_OF_MUTATIONS - 1)]
+
+
+def test_every_line_has_a_turn_before_one_has_its_second():
+    mutations = [Mutation("a", line, column, "", "") for line, column in ((1, 0), (1, 5), (1, 9), (4, 0), (4, 2))]
+    assert [(one.line, one.column) for one in in_turns(mutations)] == [(1, 0), (4, 0), (1, 5), (4, 2), (1, 9)]
 
 
 def test_a_test_that_cannot_be_prepared_is_an_error(repository):
