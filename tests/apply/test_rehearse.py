@@ -12,13 +12,14 @@ import torch
 
 from cctrain.apply import rehearse
 from cctrain.apply.estimate import contexts_without_store
+from cctrain.apply.processes import in_new_processes
 from cctrain.apply.rehearse import LONGEST_STEP, MOST_PARAMETERS, growth_after, made_up_batches, smaller
 from cctrain.config import Config, ModelConfig
 from cctrain.cost.devices import load_device
 from cctrain.cost.estimate import estimate
 from cctrain.cost.parameters import num_parameters
 from cctrain.cost.work import Contexts, work_of
-from cctrain.parallel.mesh import Mesh, join_mesh
+from cctrain.parallel.mesh import Mesh
 
 CPU = torch.device("cpu")
 
@@ -110,12 +111,17 @@ def test_a_group_of_cells_is_rehearsed_with_fewer_of_them_and_as_large_a_share_o
     assert config.data.window == window
 
 
-def test_steps_of_made_up_contexts_are_taken_before_there_is_a_store(monkeypatch):
-    monkeypatch.setattr(rehearse, "SECONDS_OF_STEPS", 0.0)
+def few_steps(config: Config, contexts: Contexts, mesh: Mesh) -> dict[str, float]:
+    rehearse.SECONDS_OF_STEPS = 0.0
+    return rehearse.take_steps(config, contexts, mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_steps_of_made_up_contexts_are_taken_before_there_is_a_store():
     config = training(global_batch=2)
     config.data.digest, config.model.cell_encoding = None, 0
-    with join_mesh() as mesh:
-        found = rehearse.Rehearsal(**rehearse.take_steps(config, Contexts(1000, 60, 50), mesh))
+    found = rehearse.Rehearsal(**in_new_processes(few_steps, (config, Contexts(1000, 60, 50)), num_context_ranks=1))
     assert found.seconds > 0
     assert found.memory >= found.memory_of_few_tokens > 10**8
     assert found.growth >= 0
