@@ -196,8 +196,8 @@ def follow(
     """Train and judge whatever has no row yet. Time to go is as predicted, times how far predictions were off."""
     left = without_rows(result, trainings)
     expected = {training: predicted(result, training) for training in left}
-    took, foreseen, to_go = 0.0, 0.0, sum(expected.values())
-    for training in left:
+    took, foreseen = 0.0, 0.0
+    for done, training in enumerate(left, 1):
         print(f"{training.title}: {training.steps:,} steps", file=sys.stderr, flush=True)
         started = time.monotonic()
         dataset = datasets[training.dataset]
@@ -209,7 +209,8 @@ def follow(
         seconds = time.monotonic() - started
         result["rows"] += rows
         keep(result, file)
-        took, foreseen, to_go = took + seconds, foreseen + expected[training], to_go - expected[training]
+        took, foreseen = took + seconds, foreseen + expected[training]
+        to_go = sum(expected[later] for later in left[done:])
         print(
             f"{training.title}: NLL {rows[-1]['nll']:.4f} after {duration(seconds)}; {len(result['rows']):,} rows, "
             f"about {duration(to_go * took / foreseen)} to go",

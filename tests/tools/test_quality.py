@@ -104,6 +104,15 @@ def test_a_second_call_makes_the_rows_that_are_missing_and_no_other(
     assert list(dict.fromkeys(runs)) == [training.folder for training in trainings]
 
 
+def test_no_time_is_to_go_after_the_last_training(
+    result: dict[str, Any], trained: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    datasets = {"pbmc3k": a_dataset()}
+    three = quality.planned(result, datasets, [0])[:3]
+    quality.follow(result, three, datasets, tmp_path / "quality.json", tmp_path)
+    assert capsys.readouterr().err.splitlines()[-1].endswith("about 0 s to go")
+
+
 def test_a_model_of_cut_contexts_is_judged_on_such_and_on_whole_ones(
     result: dict[str, Any], trained: list[str], tmp_path: Path
 ) -> None:
