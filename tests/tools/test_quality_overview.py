@@ -1,8 +1,11 @@
 """The README's tables of the comparison of quality."""
 
+import json
+
 from tests.tools.quality_results import CUT, GENE_MEAN, a_result, a_row, rows_of_three_seeds
-from tools.quality_overview import cut_contexts, whole_cells
+from tools.quality_overview import KEPT, cut_contexts, whole_cells
 from tools.quality_plan import DENSE, FLOPS, REFERENCE, STEPS
+from tools.quality_report import report_text
 
 
 def body(table: str) -> list[str]:
@@ -58,3 +61,11 @@ def test_a_model_that_one_data_set_does_not_have_leaves_its_cells_empty() -> Non
     result = a_result([a_row(DENSE, (STEPS,), 0)])
     result["datasets"]["retina"] = result["datasets"]["pbmc3k"]
     assert body(whole_cells(result))[1] == "| steps | dense | 30 | 0.8000 | 0.4000 |  |  |  |"
+
+
+def test_the_readme_and_the_report_say_what_the_kept_result_says() -> None:
+    result = json.loads(KEPT.read_text())
+    readme = (KEPT.parents[2] / "README.md").read_text()
+    assert whole_cells(result) in readme
+    assert cut_contexts(result) in readme
+    assert KEPT.with_suffix(".md").read_text() == report_text(result, "quality.png")
