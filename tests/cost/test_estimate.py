@@ -36,6 +36,7 @@ def test_a_rank_needs_its_process_and_the_peak_of_all_its_micro_batches(found):
 def test_a_rank_holds_as_many_times_what_it_needs_as_a_rehearsal_did(found):
     held = replace(found, device=replace(DEVICE, growth=5e8, held_over_needed=1.25))
     assert held.memory == 1e9 + 5e8 + 1.25 * found.needs.memory
+    assert as_json(held)["memory_by_component"]["held_beyond_need"] == 0.25 * found.needs.memory
     assert "it will grow by 500 MB" in as_text(held)
     assert "it will grow" not in as_text(found)
     assert "held 1.25 times what is needed" in as_text(held)
@@ -74,6 +75,13 @@ def test_a_node_holds_what_all_its_ranks_offload(found, per_node, on_a_node, off
     held = on_a_node * away.needs.activations.offloaded
     assert as_json(away)["offloaded_bytes_of_a_node"] == held > 0
     assert f"a rank: {size(held)} {where}\n" in as_text(away)
+
+
+def test_text_names_the_ranks_and_how_many_share_a_context(found):
+    config = found.needs.config
+    assert "on        2 × NVIDIA H100 SXM, 2 for each context\n" in as_text(estimate(config, CONTEXTS, DEVICE, ranks=2))
+    config.parallel.context = 1
+    assert "on        NVIDIA H100 SXM\n" in as_text(estimate(config, CONTEXTS, DEVICE, ranks=1))
 
 
 def test_without_offloading_nothing_is_said_of_it(found):

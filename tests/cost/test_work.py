@@ -39,6 +39,11 @@ def test_memory_follows_the_fullest_micro_batch_where_the_longest_context_is_kno
     assert unlike.most == Load(tokens=5200, contexts=4, targets=200)
 
 
+def test_of_the_longest_context_a_rank_that_shares_it_holds_a_part():
+    shared = work(micro_batch_tokens=8000, longest=1300, context_ranks=2)
+    assert shared.most == Load(tokens=5200, contexts=8, targets=200)
+
+
 @pytest.mark.parametrize(("precision", "element_bytes"), [("fp32", 4), ("bf16", 2), ("fp16", 2)])
 def test_elements_have_the_bytes_of_the_precision(precision, element_bytes):
     assert work(precision=precision).element_bytes == element_bytes
