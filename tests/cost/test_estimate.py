@@ -84,6 +84,14 @@ def test_text_names_the_ranks_and_how_many_share_a_context(found):
     assert "on        NVIDIA H100 SXM\n" in as_text(estimate(config, CONTEXTS, DEVICE, ranks=1))
 
 
+def test_text_says_what_share_each_component_has_the_largest_first(found):
+    flops = sorted(found.needs.flops.by_component().items(), key=lambda item: -item[1])
+    shares = ", ".join(f"{name} {part / found.needs.flops.total:.0%}" for name, part in flops if part)
+    assert f"a step and rank: {shares}; attention" in as_text(found)
+    largest, seconds = max(as_json(found)["step_seconds_by_component"].items(), key=lambda item: item[1])
+    assert f" s a step: {largest} {seconds / found.seconds.total:.0%}, " in as_text(found)
+
+
 def test_without_offloading_nothing_is_said_of_it(found):
     assert as_json(found)["offloaded_bytes_of_a_node"] == 0
     assert "offloaded" not in as_text(found)
