@@ -10,10 +10,13 @@ matplotlib.use("Agg")
 from matplotlib import colormaps
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.transforms import Bbox
 
+from cctrain.apply.evaluate import NEIGHBOURS
 from cctrain.apply.figures import ACCENT, INK, MUTED
-from tools.quality_plan import DENSE, OTHER_LATENTS, REFERENCE_LATENTS, criss_cross
+from tools.quality_plan import DENSE, GENE_MEAN, OTHER_LATENTS, REFERENCE_LATENTS, criss_cross
 from tools.quality_report import Row, average, groups_of, in_budgets
 
 COSTS = {
@@ -37,6 +40,12 @@ STYLES: dict[str, dict[str, Any]] = {
     CUT_THEN_WHOLE: {"color": INK, "marker": "X", "linestyle": "none", "markerfacecolor": "white"},
 }
 
+# A model above the first has not learned more than the mean of each gene.
+BASELINES: dict[str, dict[str, Any]] = {
+    GENE_MEAN: {"color": MUTED, "linestyle": ":"},
+    NEIGHBOURS: {"color": MUTED, "linestyle": "-."},
+}
+
 
 def draw(result: dict[str, Any], out: Path) -> None:
     """A row of two panels for each data set that has results."""
@@ -47,7 +56,11 @@ def draw(result: dict[str, Any], out: Path) -> None:
         len(rows_of), 2, figsize=(10, 1.0 + 3.8 * len(rows_of)), layout="constrained", sharey="row", squeeze=False
     )
     for (name, rows), panels in zip(rows_of.items(), grid, strict=True):
+        baselines = result["datasets"][name]["baselines"]
         for (cost, (unit, label)), axes in zip(COSTS.items(), panels, strict=True):
+            for baseline, style in BASELINES.items():
+                if baseline in baselines:
+                    axes.axhline(baselines[baseline]["nll"], linewidth=1, label=baseline, **style)
             for series, style in STYLES.items():
                 curve(axes, [row for row in rows if series_of(row) == series], cost, unit, style | {"label": series})
             axes.set(xscale="log", xlabel=label)
@@ -59,6 +72,8 @@ def draw(result: dict[str, Any], out: Path) -> None:
         panels[0].set_title(name, loc="left")
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    for axes in grid.flat:
+        hide_overlapping_labels(figure, axes)
     figure.savefig(out, dpi=150)
     plt.close(figure)
 
@@ -85,3 +100,15 @@ def curve(axes: Axes, rows: list[Row], cost: str, unit: float, style: dict[str, 
     for x, y, cut in zip(costs, means, cuts, strict=True):
         if style["label"] == CUT_THEN_WHOLE:
             axes.annotate(f"{cut:,}", (x, y), (4, 5), textcoords="offset points", fontsize=7, color=style["color"])
+
+
+def hide_overlapping_labels(figure: Figure, axes: Axes) -> None:
+    """Of points that lie together the first has a label."""
+    figure.canvas.draw()
+    shown: list[Bbox] = []
+    for label in axes.texts:
+        box = label.get_window_extent()
+        if box.count_overlaps(shown):
+            label.set_visible(False)
+        else:
+            shown.append(box)

@@ -136,8 +136,8 @@ HOW = f"""\
 The reference is {REFERENCE}. *Equal* says in what a model's training equals the reference's: **steps**, the same
 contexts in the same order with about as many parameters; **FLOPs**, by the closed form on the contexts of the store;
 **time**, by step times that were measured before, the models taking turns. **FLOPs of dense** and **time of dense** are
-those that dense takes for the reference's number of steps. Seconds are of the training steps, as long as they took
-while the models took turns; those of cut contexts (≈) are not measured, but the reference's seconds a FLOP times their
+those that dense takes for the reference's number of steps. Seconds are steps times the median of what a step took while
+the models took turns; those of cut contexts (≈) are not measured, but the reference's seconds a FLOP times their
 FLOPs, so nothing is trained on these for equal time. Warm-up and decay of the learning rate follow the number of steps;
 its peak is the configuration's, which is that of two layers: those of a deeper model learn at 1/√(depth / 2) of it and
 slower. **Learning rate**, where it was asked for, holds the reference and dense after the reference's number of steps

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 from matplotlib import image
+from matplotlib.axes import Axes
 from scipy import stats
 
+from cctrain.apply.evaluate import NEIGHBOURS
 from cctrain.config import ModelConfig
 from tests.tools.quality_results import CUT, GENE_MEAN, OF_REFERENCE, a_result, a_row, a_row_at, rows_of_three_seeds
 from tools import quality_figure
@@ -271,6 +273,28 @@ def test_models_that_were_judged_on_different_targets_make_no_report() -> None:
 def test_every_row_is_in_a_series_of_the_figure_and_no_two_series_have_a_marker_in_common() -> None:
     assert {series_of(row) for row in rows_of_three_seeds()} < STYLES.keys()
     assert len({style["marker"] for style in STYLES.values()}) == len(STYLES)
+
+
+def drawn_panels(result: dict[str, Any], out: Path, monkeypatch: pytest.MonkeyPatch) -> list[Axes]:
+    """Of the figure, which stays open."""
+    monkeypatch.setattr(quality_figure.plt, "close", lambda figure: None)
+    draw(result, out)
+    return quality_figure.plt.gcf().axes
+
+
+def test_the_figure_has_a_line_for_each_baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = a_result(rows_of_three_seeds())
+    result["datasets"]["pbmc3k"]["baselines"][NEIGHBOURS] = {"nll": 0.7}
+    for axes in drawn_panels(result, tmp_path / "quality.png", monkeypatch):
+        lines = {line.get_label(): set(line.get_ydata()) for line in axes.lines}
+        assert (lines["gene mean"], lines[NEIGHBOURS]) == ({GENE_MEAN}, {0.7})
+
+
+def test_of_points_that_lie_together_one_has_a_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alike = [a_row(CUT, (equal,), 0, nll=0.85) for equal in (STEPS, FLOPS)]
+    apart = a_row(CUT, (TIME,), 0, nll=0.85) | {"flops": 9e12, "seconds": 270.0}
+    for axes in drawn_panels(a_result([*alike, apart]), tmp_path / "quality.png", monkeypatch):
+        assert [label.get_visible() for label in axes.texts] == [True, False, True]
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
