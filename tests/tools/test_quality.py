@@ -185,9 +185,11 @@ def test_every_row_of_the_committed_result_is_in_the_plan_of_its_seed() -> None:
         name: SimpleNamespace(name=name, variants=variants_in(known["facts"]))
         for name, known in kept["datasets"].items()
     }
-    planned = quality.planned(kept, datasets, [0, 1, 2])
+    planned = quality.planned(kept, datasets, [0, 1, 2], [row["learning_rate"] for row in kept["rows"]])
     assert {row["run"] for row in kept["rows"]} <= {training.folder for training in planned}
-    assert all(row["equal"] for row in kept["rows"])
+    for row in kept["rows"]:
+        configured = peak_learning_rate(kept["datasets"][row["dataset"]]["facts"])
+        assert bool(row["equal"]) == (row["learning_rate"] == configured)
 
 
 def test_the_hours_that_older_results_counted_are_dropped(result: dict[str, Any], tmp_path: Path) -> None:
