@@ -9,25 +9,23 @@ import psutil
 from cctrain.process_memory import resident
 
 SECONDS_BETWEEN_SAMPLES, SECONDS_BETWEEN_LINES = 0.1, 30.0
-SHARE_OF_TIME = 0.02  # for what is mapped, whose list can be long
 GIB = 2**30
 
 
 def watch(process: psutil.Popen, files: Path | None = None) -> tuple[dict[int, int], int]:
     """The highest RssAnon in bytes of the process and of those that it started, and the largest sum of what they map of
-    the files in a folder, until it has ended."""
+    the files in a folder, until it has ended. What is mapped is a long list: read when a file has come or gone."""
     started = told = time.monotonic()
     peaks: dict[int, int] = {}
     most = on_disk = 0
-    look_again = started
+    seen = None
     try:
         while process.poll() is None:
             held = {child.pid: resident("RssAnon", child.pid) for child in [process, *process.children(recursive=True)]}
             peaks = {pid: max(peaks.get(pid, 0), held.get(pid, 0)) for pid in peaks | held}
-            if files and (looking := time.monotonic()) >= look_again:
+            if files and (changed := files.stat().st_mtime_ns) != seen:
                 on_disk = sum(mapped_bytes(pid, files) for pid in held)
-                most = max(most, on_disk)
-                look_again = looking + (time.monotonic() - looking) / SHARE_OF_TIME
+                most, seen = max(most, on_disk), changed
             if time.monotonic() - told > SECONDS_BETWEEN_LINES:
                 told = time.monotonic()
                 sizes = f"{sum(held.values()) / GIB:.2f} GiB in memory, {on_disk / GIB:.2f} GiB in files"

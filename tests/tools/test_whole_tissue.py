@@ -41,7 +41,7 @@ def test_every_token_of_every_nucleus_is_in_the_one_context(tmp_path: Path) -> N
     written = anndata.read_h5ad(tmp_path / "retina" / "retina.h5ad")[:100].X
     assert result["expressed"] == np.count_nonzero(written.toarray())
     streams = 4 * result["tokens"] * result["model"]["width"] * (result["model"]["depth"] + 1)
-    assert result["peak_bytes_of_files"] >= 0.9 * streams  # looked at twice a second
+    assert result["peak_bytes_of_files"] >= 0.9 * streams
     assert not list(tmp_path.glob("tissue-*"))
 
 

@@ -141,8 +141,6 @@ def start(folder: Path, files: list[Path], workers: int) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
-        # Whoever tests in the background of a shell ignores it, and so would this process.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
