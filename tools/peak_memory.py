@@ -14,21 +14,19 @@ GIB = 2**30
 
 def watch(process: psutil.Popen, files: Path | None = None) -> tuple[dict[int, int], int]:
     """The highest RssAnon in bytes of the process and of those that it started, and the largest sum of what they map of
-    the files in a folder, until it has ended. What is mapped is a long list: read when a file has come or gone."""
+    the files in a folder, until it has ended. What is mapped is a long list: read when a file has come."""
     started = told = time.monotonic()
     peaks: dict[int, int] = {}
-    most = on_disk = 0
-    seen = None
+    most, seen = 0, None
     try:
         while process.poll() is None:
             held = {child.pid: resident("RssAnon", child.pid) for child in [process, *process.children(recursive=True)]}
             peaks = {pid: max(peaks.get(pid, 0), held.get(pid, 0)) for pid in peaks | held}
             if files and (changed := files.stat().st_mtime_ns) != seen:
-                on_disk = sum(mapped_bytes(pid, files) for pid in held)
-                most, seen = max(most, on_disk), changed
+                most, seen = max(most, sum(mapped_bytes(pid, files) for pid in held)), changed
             if time.monotonic() - told > SECONDS_BETWEEN_LINES:
                 told = time.monotonic()
-                sizes = f"{sum(held.values()) / GIB:.2f} GiB in memory, {on_disk / GIB:.2f} GiB in files"
+                sizes = f"{sum(held.values()) / GIB:.2f} GiB in memory, at most {most / GIB:.2f} GiB in files"
                 print(f"{told - started:,.0f} s: {sizes}", file=sys.stderr, flush=True)
             time.sleep(SECONDS_BETWEEN_SAMPLES)
     finally:
