@@ -5,7 +5,7 @@
 Each configuration is drawn by the seed, which is printed: width, depth, heads, latents, attention, precision, length
 of contexts, batch, micro-batch, checkpointing, ZeRO stage, one rank or two, shared contexts or not. Its parts are
 measured on this machine as `cctrain estimate` does; then it is trained for 40 seconds, and 12 steps at least, on retina
-with `cctrain train`. Of the training comes the median of the later half of the steps' times (data_seconds taken off),
+with `cctrain train`. Of the training comes the mean of the later half of the steps' times (data_seconds taken off),
 and the most anonymous memory of any rank (RssAnon of /proc, ten times a second). Told beside it: the time that the
 parts alone would take, without a rehearsal, and how much of the memory is that of the process and what it grows by,
 and no tensor's. It trains without evaluation and checkpoints, which an estimate knows nothing of.
@@ -18,7 +18,7 @@ import random
 import sys
 import tempfile
 from pathlib import Path
-from statistics import median
+from statistics import mean
 from typing import Any
 
 import psutil
@@ -91,7 +91,7 @@ def compare(drawn: dict[str, Any], store: Path, work: Path) -> dict[str, Any]:
         num_steps = round(min(max(SECONDS / estimated.seconds.total, FEWEST_STEPS), MOST_STEPS))
         steps, memory = train(overrides, ranks, num_steps, Path(folder) / "run")
     # Later steps: in the first ones MLflow is imported and makes its database, beside the training.
-    seconds = median(step["step_seconds"] - step["data_seconds"] for step in steps[num_steps // 2 :])
+    seconds = mean(step["step_seconds"] - step["data_seconds"] for step in steps[num_steps // 2 :])
     ratios = {"time": estimated.seconds.total / seconds, "memory": estimated.memory / memory}
     return {
         **drawn,

@@ -41,17 +41,21 @@ LARGE_PAYLOAD, SMALL_PAYLOAD = 2**18, 8  # numbers
 
 def calibrate(model: ModelConfig, precision: str, num_ranks: int) -> Device:
     """Measure with `num_ranks` local processes. Raises TrainingError where their memory does not suffice."""
-    found = Device(**on_local_ranks(measure, (model, precision), num_ranks))
+    found = Device(**on_local_ranks(measure, (model, precision), num_ranks, 1, precision))
     today = datetime.now(UTC).date().isoformat()
     return replace(found, measured=Measured(today, model_in_words(model), precision, num_ranks))
 
 
 def on_local_ranks(
-    task: Callable[..., dict[str, Any]], arguments: tuple[Any, ...], num_ranks: int, num_context_ranks: int = 1
+    task: Callable[..., dict[str, Any]],
+    arguments: tuple[Any, ...],
+    num_ranks: int,
+    num_context_ranks: int,
+    precision: str,
 ) -> dict[str, Any]:
     """What the first of so many ranks answers; `task` also gets the mesh. Raises TrainingError where their memory does
     not suffice."""
-    answer = in_new_processes(task, arguments, num_ranks, num_context_ranks)
+    answer = in_new_processes(task, arguments, num_ranks, num_context_ranks, precision)
     if LEFT_OUT in answer:
         raise TrainingError(f"this machine could not be measured: {answer[LEFT_OUT]}")
     return answer

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 from cctrain.config import Config, load_config
 from cctrain.cost.devices import Device, load_device, save_device
@@ -91,8 +92,14 @@ def measure_here(config: Config, contexts_of: Callable[[Config], Contexts], rank
         process=process,
         growth=rehearsed.growth,
         held_over_needed=max(1.0, (rehearsed.memory - process) / parts.needs.memory),
-        rehearsed_over_parts=rehearsed.seconds / parts.seconds.total,
+        rehearsed_over_parts=rehearsed_over_parts(rehearsed.steps, small, device, ranks),
     )
+
+
+def rehearsed_over_parts(steps: list[tuple[float, Contexts]], config: Config, device: Device, ranks: int) -> float:
+    """How many times as long as its own parts a step takes. A few steps have contexts of other lengths than those of
+    the whole training; what a step takes beyond its parts is much the same."""
+    return median(seconds / estimate(config, contexts, device, ranks).seconds.total for seconds, contexts in steps)
 
 
 def contexts_from_store(config: Config, store: TokenStore) -> Contexts:

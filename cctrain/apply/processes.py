@@ -22,9 +22,10 @@ from cctrain.parallel.mesh import join_mesh
 LEFT_OUT = "left_out"
 OUT_OF_MEMORY = "out of memory"
 KILLED = "its process was killed: out of memory, most likely"
-SECONDS_FOR_THE_OTHERS = 5.0  # to say what happened to them, once one rank has failed
+SECONDS_FOR_THE_OTHERS = 5.0  # to say what happened to them, once one rank has failed; or to end, once all are done
 PATIENCE = 7200.0  # seconds that a rank waits for another
 _REFUSED, _FAILED = "refused", "failed"
+_NO_RESULT = {LEFT_OUT, _REFUSED, _FAILED}
 
 
 def in_new_processes(
@@ -32,9 +33,10 @@ def in_new_processes(
     arguments: tuple[Any, ...],
     num_ranks: int = 1,
     num_context_ranks: int | None = None,
+    precision: str = "fp32",
 ) -> dict[str, Any]:
     """The first rank's answer, or {left_out: why}; where `num_context_ranks` is given, `task` also gets the mesh, with
-    rows of so many.
+    rows of so many, for a model of that precision.
 
     They end with this process, however it ends. A task's CctrainError is raised here; where it fails otherwise, a
     RuntimeError with its traceback.
@@ -45,12 +47,18 @@ def in_new_processes(
         for rank in range(num_ranks):
             ours, theirs = context.Pipe(duplex=False)
             environment = rank_environment(rank, num_ranks, port) if num_ranks > 1 else {}
-            process = context.Process(target=_answer, args=(theirs, environment, num_context_ranks, task, arguments))
+            process = context.Process(
+                target=_answer, args=(theirs, environment, num_context_ranks, precision, task, arguments)
+            )
             process.start()
             theirs.close()  # so that its end is seen here
             processes.append(process)
             answers.append(ours)
-        return _judge(_collect(answers))
+        found = _collect(answers)
+        if not any(answer is None or answer.keys() & _NO_RESULT for answer in found):
+            for process in processes:  # killed before it has tidied up, it leaves semaphores, and Python warns of them
+                process.join(SECONDS_FOR_THE_OTHERS)
+        return _judge(found)
     finally:
         for process in processes:
             process.kill()
@@ -71,7 +79,7 @@ def _collect(answers: list[Connection]) -> list[dict[str, Any] | None]:
                 found[rank] = answer.recv()
             except EOFError:
                 found[rank] = {LEFT_OUT: KILLED}
-            if deadline is None and found[rank].keys() & {LEFT_OUT, _REFUSED, _FAILED}:
+            if deadline is None and found[rank].keys() & _NO_RESULT:
                 deadline = time.monotonic() + SECONDS_FOR_THE_OTHERS
     return [found.get(rank) for rank in range(len(answers))]
 
@@ -94,6 +102,7 @@ def _answer(
     answer: Connection,
     environment: dict[str, str],
     num_context_ranks: int | None,
+    precision: str,
     task: Callable[..., dict[str, Any]],
     arguments: tuple[Any, ...],
 ) -> None:
@@ -102,7 +111,7 @@ def _answer(
     with suppress(OSError):  # when memory is short, the kernel shall end this process and no other
         Path("/proc/self/oom_score_adj").write_text("1000")
     try:
-        result = _run(environment, num_context_ranks, task, arguments)
+        result = _run(environment, num_context_ranks, precision, task, arguments)
     except (torch.OutOfMemoryError, MemoryError):
         result = {LEFT_OUT: OUT_OF_MEMORY}
     except CctrainError as error:
@@ -116,6 +125,7 @@ def _answer(
 def _run(
     environment: dict[str, str],
     num_context_ranks: int | None,
+    precision: str,
     task: Callable[..., dict[str, Any]],
     arguments: tuple[Any, ...],
 ) -> dict[str, Any]:
@@ -124,7 +134,7 @@ def _run(
         torch.set_num_threads(threads_of_a_rank(torch.get_num_threads(), int(environment["WORLD_SIZE"])))
     if num_context_ranks is None:
         return task(*arguments)
-    with join_mesh(PATIENCE, num_context_ranks) as mesh:
+    with join_mesh(PATIENCE, num_context_ranks, precision) as mesh:
         return task(*arguments, mesh)
 
 

@@ -13,10 +13,9 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from cctrain.config import Config
 from cctrain.cost.devices import Device
 from cctrain.cost.estimate import estimate
 from cctrain.cost.parameters import num_parameters
+from cctrain.cost.step import step_cost
 from cctrain.cost.work import Contexts
 from cctrain.data.loading.batches import Batch
 from cctrain.data.loading.loader import Loader, RankStep
@@ -51,10 +51,11 @@ SECONDS_BETWEEN_LOOKS = 0.005
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """Of a step: its seconds, and the most bytes of memory that a rank held, libraries and all. `memory_of_few_tokens`:
-    the same in steps of so few tokens that little of it is theirs. `growth`: what more it will come to hold."""
+    """Its steps, without the first half of them: the seconds of each, and what its contexts were like. And the most
+    bytes of memory that a rank held, libraries and all. `memory_of_few_tokens`: the same in steps of so few tokens that
+    little of it is theirs. `growth`: what more it will come to hold."""
 
-    seconds: float
+    steps: list[tuple[float, Contexts]]
     memory: float
     memory_of_few_tokens: float
     growth: float
@@ -101,14 +102,15 @@ def expected_seconds(step_seconds: float) -> float:
 
 def rehearse(config: Config, contexts: Contexts, ranks: int) -> Rehearsal:
     """Take steps on so many local ranks. Raises TrainingError where their memory does not suffice."""
-    return Rehearsal(**on_local_ranks(take_steps, (config, contexts), ranks, config.parallel.context))
+    sharing, precision = config.parallel.context, config.training.precision
+    return Rehearsal(**on_local_ranks(take_steps, (config, contexts), ranks, sharing, precision))
 
 
-def take_steps(config: Config, contexts: Contexts, mesh: Mesh) -> dict[str, float]:
+def take_steps(config: Config, contexts: Contexts, mesh: Mesh) -> dict[str, Any]:
     """The fields of a rehearsal: what one of the ranks does."""
     with tempfile.TemporaryDirectory() as folder:
         connect(f"sqlite:///{folder}/mlflow.db")  # the first rank of a training holds all that this loads
-    config.training.steps, seconds = MOST_STEPS, []
+    config.training.steps, taken = MOST_STEPS, []
     genes, loader, order = from_store(config, mesh) if has_store(config) else made_up(config, contexts, mesh)
     engine = build_engine(build_model(config, genes, mesh), config, mesh)
     peaks = []
@@ -120,13 +122,23 @@ def take_steps(config: Config, contexts: Contexts, mesh: Mesh) -> dict[str, floa
     with watched_memory(mesh.device) as most, closing(run_steps(engine, config, mesh, loader, order)) as steps:
         for step in steps:
             peaks.append(most())
-            seconds.append(step.values["step_seconds"] - step.values["data_seconds"])
-            taken = sum_over_ranks([sum(seconds)], mesh.device)[0] / mesh.num_ranks
-            if step.step >= FEWEST_STEPS and taken > SECONDS_OF_STEPS:
+            computing = step.values["step_seconds"] - step.values["data_seconds"]
+            taken.append((computing, contexts_of_step(config, step.values, contexts.genes)))
+            seconds = sum_over_ranks([sum(one for one, _ in taken)], mesh.device)[0] / mesh.num_ranks
+            if step.step >= FEWEST_STEPS and seconds > SECONDS_OF_STEPS:
                 break
     memory = torch.tensor([peaks[-1], most_of_few_tokens, growth_after(peaks)], dtype=torch.float64, device=mesh.device)
     dist.all_reduce(memory, dist.ReduceOp.MAX)
-    return asdict(Rehearsal(median(seconds[len(seconds) // 2 :]), *memory.tolist()))
+    return vars(Rehearsal(taken[len(taken) // 2 :], *memory.tolist()))
+
+
+def contexts_of_step(config: Config, values: dict[str, Any], genes: int) -> Contexts:
+    """Of what a step's line says. How unequal they were is in the FLOPs of self-attention."""
+    k, tokens, targets = values["contexts"], values["tokens"], values["targets"]
+    memory, stage = config.memory, config.parallel.zero_stage
+    if_equal = step_cost(config.model, [tokens / k] * k, targets, memory.checkpointing, stage)
+    unevenness = values["cost/attention_flops"] / if_equal["cost/attention_flops"]
+    return Contexts(tokens / k, targets / k, genes, unevenness=unevenness)
 
 
 def growth_after(peaks: Sequence[float]) -> float:

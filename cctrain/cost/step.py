@@ -1,5 +1,7 @@
 """What a step costs, as every line of the journal says it, and MLflow under `cost/`: README.md has these names."""
 
+from collections.abc import Sequence
+
 from cctrain.config import Config, ModelConfig
 from cctrain.cost.flops import step_flops
 from cctrain.cost.traffic import exchange_of_a_layer, gathering_of, zero
@@ -7,7 +9,7 @@ from cctrain.cost.work import ELEMENT_BYTES
 
 
 def step_cost(
-    model: ModelConfig, tokens: list[int], targets: int, checkpointing: bool = False, zero_stage: int = 0
+    model: ModelConfig, tokens: Sequence[float], targets: int, checkpointing: bool = False, zero_stage: int = 0
 ) -> dict[str, float]:
     """The `cost/…` values of one training step over contexts with these numbers of tokens.
 

@@ -46,6 +46,7 @@ def rank_flops(model: ModelConfig, work: Work) -> Flops:
     of_context = step_flops(
         model, whole, load.targets * ranks / load.contexts, work.memory.checkpointing, work.zero_stage
     ).by_component()
+    of_context["self_attention"] *= work.unevenness
     contexts = work.micro_batches * load.contexts
     return Flops(**{k: v * contexts / (1 if k == "latents" else ranks) for k, v in of_context.items()})
 

@@ -11,12 +11,14 @@ ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 @dataclass(frozen=True)
 class Contexts:
     """The contexts of a training, on average: tokens in all, targets among them; the genes of its vocabulary. And the
-    tokens of the longest; None: all are alike."""
+    tokens of the longest; None: all are alike. `unevenness`: the mean of the squares of their tokens over the square of
+    the mean."""
 
     tokens: float
     targets: float
     genes: int
     longest: float | None = None
+    unevenness: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Work:
     tile_tokens: int
     gathering: Gathering = DEEPSPEEDS_OWN
     fullest: Load | None = None
+    unevenness: float = 1.0  # of contexts, see `Contexts`
 
     @property
     def most(self) -> Load:
@@ -71,6 +74,7 @@ def work_of(config: Config, contexts: Contexts, ranks: int, tile_tokens: int) ->
         config.memory.tile_tokens or tile_tokens,
         gathering_of(config),
         None if longest is None else fullest(load, contexts_in_all, longest / context_ranks, together),
+        contexts.unevenness,
     )
 
 

@@ -24,9 +24,10 @@ from cctrain.errors import UsageError
 from cctrain.parallel.waiting import counted_waiting
 
 # PyTorch and oneDNN keep what they made for each of up to 1,024 shapes. Contexts have ever other lengths, so most of it
-# is never used again, and the heap stays in pieces around it: gigabytes. With 64, steps take as long as before; in bf16
-# with 32, longer.
-CACHES_OF_SHAPES, SHAPES_KEPT = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"), "64"
+# is never used again, and the heap stays in pieces around it: gigabytes. In fp32, where oneDNN does GELU alone, steps
+# take as long with 8 as with 64, and a rank holds a fifth less; products in bf16 take a tenth longer even with 16.
+CACHES_OF_SHAPES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+SHAPES_KEPT = {"fp32": "8", "bf16": "64", "fp16": "64"}
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,11 @@ class Mesh:
 
 
 @contextmanager
-def join_mesh(timeout_seconds: float = 1800.0, num_context_ranks: int = 1) -> Iterator[Mesh]:
+def join_mesh(timeout_seconds: float = 1800.0, num_context_ranks: int = 1, precision: str = "fp32") -> Iterator[Mesh]:
     """Join the process groups (gloo on CPUs, nccl on GPUs) and leave them together with all ranks.
 
-    A collective that takes longer than `timeout_seconds` fails. Raises UsageError if the ranks do not divide into
+    A collective that takes longer than `timeout_seconds` fails. `precision` is that of the model; on a CPU it decides
+    how much is kept of operations on shapes that are gone. Raises UsageError if the ranks do not divide into
     rows of `num_context_ranks`.
     """
     device_kind = find_device_kind()
@@ -68,7 +70,7 @@ def join_mesh(timeout_seconds: float = 1800.0, num_context_ranks: int = 1) -> It
     if device_kind == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
         for cache in CACHES_OF_SHAPES:  # read when the first operation runs
-            os.environ.setdefault(cache, SHAPES_KEPT)
+            os.environ.setdefault(cache, SHAPES_KEPT[precision])
     # DeepSpeed's compiled operations are cached for all environments of a user together, where a build of one
     # breaks the other; keep this environment's to itself.
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))

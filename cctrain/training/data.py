@@ -55,13 +55,14 @@ def resolve_micro_batch(config: Config, loader: Loader) -> int:
 
 def contexts_of_store(loader: Loader) -> Contexts:
     store, rule = loader.store, loader.rule
-    measured = (store.measured * rule.target_probability).sum(axis=1)[store.source_of_cell[: store.num_train]]
-    visible = np.minimum(store.num_tokens[: store.num_train], rule.max_tokens)
-    cells_each = store.num_train / loader.samples.num_train
-    targets = cells_each * float(measured.mean())
-    tokens = cells_each * float(visible.mean()) + targets
+    targets = (store.measured * rule.target_probability).sum(axis=1)[store.source_of_cell]
+    visible = np.minimum(store.num_tokens, rule.max_tokens)
+    of_contexts = loader.samples.sums(visible + targets)[: loader.samples.num_train]
+    tokens = float(of_contexts.mean())
+    targets_each = float(loader.samples.sums(targets)[: loader.samples.num_train].mean())
     of_cells = expected_size(rule, store.num_tokens, store.measured, store.source_of_cell)
-    return Contexts(tokens, targets, len(store.genes.ids), loader.samples.most(of_cells))
+    uneven = float((of_contexts**2).mean()) / tokens**2
+    return Contexts(tokens, targets_each, len(store.genes.ids), loader.samples.most(of_cells), uneven)
 
 
 def look_at_store(config: Config, store: TokenStore) -> tuple[Config, Contexts]:

@@ -34,8 +34,6 @@ def build_engine(model: Transformer, config: Config, mesh: Mesh) -> Any:
     shape = config.model.heads, config.model.width // config.model.heads
     choose(config.model.backend, torch.empty(1, *shape, dtype=DTYPES[config.training.precision], device=mesh.device))
     model.to(mesh.device)
-    # DeepSpeed's own calls, at every step of every rank.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
     with redirect_stdout(io.StringIO()) as said:  # dozens of lines about memory, on standard output
         engine, *_ = _deepspeed().initialize(
             model=model,
@@ -105,6 +103,8 @@ def _deepspeed() -> Any:
 
     # The shared-memory all-reduce is compiled at first use, for a minute, and training dies without a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Of its own calls, at every step of every rank.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
     return deepspeed
 
 

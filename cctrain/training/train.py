@@ -53,7 +53,7 @@ def train(config: Config, accept_changes: bool = False) -> int:
     record_crashes(log_file(run_dir, rank))
     with (
         StopRequests(run_dir, is_first=rank == 0) as requests,
-        join_mesh(patience + 60, config.parallel.context) as mesh,
+        join_mesh(patience + 60, config.parallel.context, config.training.precision) as mesh,
         run_held(run_dir, mesh),  # which may wait for a lease to run out
         Watchdog(patience, [log_file(run_dir, rank)], rank=rank) as watchdog,
         ending_told(run_dir, mesh, watchdog),

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 
 from cctrain.apply import calibrate, rehearse
+from cctrain.apply.estimate import rehearsed_over_parts
 from cctrain.apply.processes import KILLED, LEFT_OUT
 from cctrain.config import Config, ModelConfig, load_config
 from cctrain.cost.devices import load_device
+from cctrain.cost.estimate import estimate
 from cctrain.cost.parameters import num_parameters
+from cctrain.cost.work import Contexts
 from cctrain.data.loading.loader import Loader, Share
 from cctrain.data.store.store import TokenStore
 from cctrain.errors import TrainingError
@@ -22,6 +25,8 @@ CONFIG = """
 model: {width: 16, depth: 1, heads: 2, latents: 4}
 training: {precision: fp32}
 """
+
+REHEARSED = rehearse.Rehearsal([(1.0, Contexts(1000, 50, 500))], 0.9e9, 5e8, growth=1e8)
 
 
 @pytest.fixture
@@ -49,6 +54,20 @@ def test_a_store_says_how_long_its_contexts_are(config: Path, tiny_store: TokenS
     tokens = np.concatenate([np.diff(batch.offsets) for batch in batches])
     assert contexts.tokens == pytest.approx(tokens.sum() / drawn, rel=0.08)
     assert contexts.longest == pytest.approx(tokens.max(), rel=0.08)
+    assert contexts.unevenness == pytest.approx((tokens**2).mean() / tokens.mean() ** 2, rel=0.02)
+
+
+def test_what_a_step_takes_beyond_its_parts_does_not_depend_on_how_long_its_contexts_were():
+    config = Config(model=ModelConfig(attention="dense", width=64, depth=2))
+    config.data.micro_batch_tokens = 24_000
+    device = load_device("h100", "fp32")
+    lengths = [Contexts(tokens, tokens / 20, 500, unevenness=uneven) for tokens in (500, 9000) for uneven in (1.0, 1.4)]
+    parts = [estimate(config, contexts, device, 1).seconds.total for contexts in lengths]
+    assert len(set(parts)) == len(parts)
+    steps = [(1.5 * seconds, contexts) for seconds, contexts in zip(parts, lengths, strict=True)]
+    assert rehearsed_over_parts(steps, config, device, 1) == pytest.approx(1.5)
+    held_up = (9 * parts[0], lengths[0])
+    assert rehearsed_over_parts([*steps, held_up], config, device, 1) == pytest.approx(1.5)
 
 
 def test_it_answers_in_one_json_object(config: Path, tiny_store: TokenStore):
@@ -95,7 +114,7 @@ def measured_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         load_device("h100", "fp32"), name="slow", products=1e9, attention=1 / 3 * 1e9, per_node=2, kind="cpu"
     )
     monkeypatch.setattr(calibrate, "on_local_ranks", lambda *_: asdict(rates))
-    monkeypatch.setattr(rehearse, "rehearse", lambda *_: rehearse.Rehearsal(1.0, 0.9e9, 5e8, growth=1e8))
+    monkeypatch.setattr(rehearse, "rehearse", lambda *_: REHEARSED)
 
 
 @pytest.mark.parametrize(
@@ -117,8 +136,7 @@ def test_the_configuration_of_a_run_may_be_estimated_for_contexts_that_its_store
 ):
     """Which has a digest of its store."""
     rehearsed: list[Config] = []
-    found = rehearse.Rehearsal(1.0, 0.9e9, 5e8, growth=1e8)
-    monkeypatch.setattr(rehearse, "rehearse", lambda config, *_: rehearsed.append(config) or found)
+    monkeypatch.setattr(rehearse, "rehearse", lambda config, *_: rehearsed.append(config) or REHEARSED)
     estimated(config, "--tokens", "1000", "data.digest=0123")
     assert not rehearse.has_store(rehearsed[0])
 

@@ -14,7 +14,7 @@ import torch
 
 from cctrain.apply.processes import KILLED, LEFT_OUT, OUT_OF_MEMORY, in_new_processes
 from cctrain.errors import DataError
-from cctrain.parallel.mesh import Mesh
+from cctrain.parallel.mesh import SHAPES_KEPT, Mesh
 
 
 def out_of_memory() -> dict[str, Any]:
@@ -45,6 +45,10 @@ def refused() -> dict[str, Any]:
 
 def place(mesh: Mesh | None = None) -> dict[str, Any]:
     return {"of_mesh": None if mesh is None else [mesh.num_ranks, mesh.num_context_ranks]}
+
+
+def shapes_kept(mesh: Mesh) -> dict[str, Any]:
+    return {"kept": os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]}
 
 
 def one_without_memory(mesh: Mesh) -> dict[str, Any]:
@@ -103,3 +107,10 @@ def test_of_several_ranks_the_one_without_memory_speaks_for_all():
 def test_a_mesh_is_given_where_its_rows_are_told(num_ranks):
     assert in_new_processes(place, (), num_ranks, num_ranks) == {"of_mesh": [num_ranks, num_ranks]}
     assert in_new_processes(place, (), num_ranks) == {"of_mesh": None}
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_a_mesh_is_of_the_precision_that_is_told():
+    kept = {precision: in_new_processes(shapes_kept, (), 1, 1, precision) for precision in ("fp32", "bf16")}
+    assert kept == {precision: {"kept": SHAPES_KEPT[precision]} for precision in kept}

@@ -18,6 +18,7 @@ from cctrain.config import Config, ModelConfig
 from cctrain.cost.devices import load_device
 from cctrain.cost.estimate import estimate
 from cctrain.cost.parameters import num_parameters
+from cctrain.cost.step import step_cost
 from cctrain.cost.work import Contexts, work_of
 from cctrain.parallel.mesh import Mesh
 
@@ -111,6 +112,16 @@ def test_a_group_of_cells_is_rehearsed_with_fewer_of_them_and_as_large_a_share_o
     assert config.data.window == window
 
 
+@pytest.mark.parametrize(("attention", "unevenness"), [("dense", (100**2 + 300**2) / 2 / 200**2), ("criss_cross", 1)])
+def test_how_unequal_the_contexts_of_a_step_were_is_told_where_it_matters(attention, unevenness):
+    config = training()
+    config.model.attention = attention
+    values = {"contexts": 2, "tokens": 400, "targets": 30, **step_cost(config.model, [100, 300], 30)}
+    found = rehearse.contexts_of_step(config, values, genes=50)
+    assert replace(found, unevenness=1) == Contexts(200, 15, 50)
+    assert found.unevenness == pytest.approx(unevenness)
+
+
 def few_steps(config: Config, contexts: Contexts, mesh: Mesh) -> dict[str, float]:
     rehearse.SECONDS_OF_STEPS = 0.0
     return rehearse.take_steps(config, contexts, mesh)
@@ -122,7 +133,8 @@ def test_steps_of_made_up_contexts_are_taken_before_there_is_a_store():
     config = training(global_batch=2)
     config.data.digest, config.model.cell_encoding = None, 0
     found = rehearse.Rehearsal(**in_new_processes(few_steps, (config, Contexts(1000, 60, 50)), num_context_ranks=1))
-    assert found.seconds > 0
+    assert len(found.steps) == 2
+    assert all(seconds > 0 and contexts == Contexts(1000, 60, 50) for seconds, contexts in found.steps)
     assert found.memory >= found.memory_of_few_tokens > 10**8
     assert found.growth >= 0
 

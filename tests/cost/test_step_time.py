@@ -148,6 +148,16 @@ def test_context_ranks_exchange_in_every_layer_of_every_micro_batch():
     assert exchanged == [replace(one, times=2 * MODEL.depth) for one in exchange_of_a_layer(MODEL, 2, 2)]
 
 
+@pytest.mark.parametrize("attention", ["dense", "criss_cross"])
+def test_contexts_of_unequal_lengths_take_what_their_squares_take(attention):
+    """Two of 500 and 1,500 tokens, on one rank."""
+    config = Config(model=replace(MODEL, attention=attention))
+    config.data.global_batch, config.data.micro_batch_tokens = 2, 4000
+    mean_ones = work_of(config, Contexts(1000, 50, GENES, unevenness=1.25), ranks=1, tile_tokens=256)
+    exactly = step_flops(config.model, [500, 1500], 100).by_component()
+    assert rank_flops(config.model, mean_ones).by_component() == pytest.approx(exactly)
+
+
 def test_zero_is_among_all_ranks():
     _, of_zero = collectives(
         MODEL, GENES, work(ranks=4, context_ranks=2, micro_batch_tokens=1000, stage=2, precision="bf16")

@@ -45,12 +45,12 @@ with join_mesh() as mesh:
 """
 
 EVER_OTHER_SHAPES = """
-import torch
+import sys, torch
 from cctrain.parallel.mesh import join_mesh
 
-with join_mesh():
+with join_mesh(precision=sys.argv[1]):
     for _ in range(2):
-        for length in range(100, 200):
+        for length in range(100, 100 + int(sys.argv[2])):
             torch.nn.functional.gelu(torch.ones(length))
 """
 
@@ -137,12 +137,24 @@ def test_a_process_alone_is_its_own_mesh_and_leaves_no_trace(monkeypatch):
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")
-@pytest.mark.parametrize(("chosen", "made"), [({}, 200), (dict.fromkeys(mesh.CACHES_OF_SHAPES, "100"), 100)])
-def test_what_operations_keep_for_shapes_long_gone_is_let_go_unless_the_environment_says_otherwise(chosen, made):
-    """Of 100 shapes, gone through twice, 64 are kept at most, so that the second time finds none of them."""
+@pytest.mark.parametrize(
+    ("precision", "shapes", "chosen", "made"),
+    [
+        ("fp32", 20, {}, 40),
+        ("bf16", 20, {}, 20),
+        ("bf16", 100, {}, 200),
+        ("fp32", 100, dict.fromkeys(mesh.CACHES_OF_SHAPES, "100"), 100),
+    ],
+)
+def test_what_operations_keep_for_shapes_long_gone_is_let_go_unless_the_environment_says_otherwise(
+    precision, shapes, chosen, made
+):
+    """They are gone through twice: in fp32 8 are kept at most and in bf16 64, so that of more the second time finds
+    none."""
     environment = {name: value for name, value in os.environ.items() if name not in mesh.CACHES_OF_SHAPES} | chosen
+    words = [sys.executable, "-c", EVER_OTHER_SHAPES, precision, str(shapes)]
     environment |= {"ONEDNN_VERBOSE": "profile_create", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path.cwd())}
-    said = subprocess.run([sys.executable, "-c", EVER_OTHER_SHAPES], env=environment, capture_output=True, text=True)
+    said = subprocess.run(words, env=environment, capture_output=True, text=True)
     assert said.stdout.count("create:cache_miss") == made, said.stdout + said.stderr
 
 

@@ -48,6 +48,13 @@ class Samples:
     def epoch_of(self, position: int) -> int:
         return position // self.num_train if self.num_train else 0
 
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """float64 (samples,): of `values`, (all cells,), over the cells of each, if windows begin where groups do."""
+        before = np.concatenate(([0.0], np.cumsum(values, dtype=np.float64)))
+        first = self.starts + self.part * self.sizes // self.num_parts
+        last = self.starts + (self.part + 1) * self.sizes // self.num_parts
+        return before[last] - before[first]
+
     def most(self, values: np.ndarray) -> int:
         """The largest sum of `values`, int64 (all cells,), over the cells of any sample in any epoch."""
         if (self.sizes == 1).all():

@@ -100,6 +100,16 @@ def test_the_largest_sum_over_a_sample_bounds_every_epoch_and_is_reached(drawn, 
     assert whole.most(values) == max(values[start:stop].sum() for start, stop in pairwise(np.cumsum([0, *sizes])))
 
 
+@settings(deadline=None)
+@given(sizes_and_window, st.integers(0, 3))
+def test_sums_are_of_consecutive_cells_if_windows_begin_where_groups_do(drawn, seed):
+    sizes, window = drawn
+    values = np.random.default_rng(seed).integers(0, 50, sum(sizes))
+    samples, cells = grouped(window, sizes), iter(values.tolist())
+    of_samples = [sum(next(cells) for _ in range(k)) for k in samples.num_cells(np.arange(len(samples))).tolist()]
+    assert samples.sums(values).tolist() == of_samples
+
+
 def test_the_number_of_cells_is_known_without_listing_them():
     samples = grouped(4)
     every = np.arange(len(samples))
