@@ -53,7 +53,7 @@ def measure_point(point: Point, setting: Setting, most_repeats: int) -> dict[str
     """Every time taken, or {left_out: why}."""
     arguments = point.model, point.tokens, setting, most_repeats
     several = point.context_ranks if point.context_ranks > 1 else None
-    return in_new_processes(measure, arguments, point.context_ranks, several)
+    return in_new_processes(measure, arguments, point.context_ranks, several, setting.dtype)
 
 
 def to_measure(plan: Plan, rows: dict[str, Row]) -> list[Point]:
