@@ -63,7 +63,8 @@ def seconds_a_flop(configs: dict[str, Config]) -> dict[str, float]:
 
 def _take_turns(configs: dict[str, Config]) -> dict[str, Any]:
     taken: dict[str, list[float]] = {name: [] for name in configs}
-    with join_mesh() as mesh, ExitStack() as stack:
+    [precision] = {config.training.precision for config in configs.values()}
+    with join_mesh(precision=precision) as mesh, ExitStack() as stack:
         trainings = {name: stack.enter_context(closing(_steps(config, mesh))) for name, config in configs.items()}
         for _ in range(1 + TURNS):
             for name, steps in trainings.items():

@@ -14,7 +14,7 @@ import torch
 
 from cctrain.apply.processes import KILLED, LEFT_OUT, OUT_OF_MEMORY, in_new_processes
 from cctrain.errors import DataError
-from cctrain.parallel.mesh import SHAPES_KEPT, Mesh
+from cctrain.parallel.mesh import CACHES_OF_SHAPES, SHAPES_KEPT, Mesh
 
 
 def out_of_memory() -> dict[str, Any]:
@@ -111,6 +111,8 @@ def test_a_mesh_is_given_where_its_rows_are_told(num_ranks):
 
 @pytest.mark.slow
 @pytest.mark.processes
-def test_a_mesh_is_of_the_precision_that_is_told():
+def test_a_mesh_is_of_the_precision_that_is_told(monkeypatch):
+    for cache in CACHES_OF_SHAPES:  # of a mesh that this process joined before
+        monkeypatch.delenv(cache, raising=False)
     kept = {precision: in_new_processes(shapes_kept, (), 1, 1, precision) for precision in ("fp32", "bf16")}
     assert kept == {precision: {"kept": SHAPES_KEPT[precision]} for precision in kept}
