@@ -101,6 +101,8 @@ GROWTH = {
 }
 OF_DENSE_ATTENTION = {"tokens", "genes", "depth"}
 WITHOUT_CHECKPOINTING = {"targets of one tile", "tokens of one layer"}  # with it, a tile in its layer needs more
+# In 16 bit oneDNN copies what it multiplies, more or less of it by the CPU: beside so narrow tiles that is much.
+BESIDE_COPIES = {"tile", "tokens of one tile", "targets of one tile", "many latents"}
 NEARLY_EXACT = {"genes", "depth", "tokens of one layer", "latents", "many latents", "targets"}
 
 
@@ -116,12 +118,15 @@ NEARLY_EXACT = {"genes", "depth", "tokens of one layer", "latents", "many latent
     ],
 )
 @pytest.mark.parametrize("element_bytes", [2, 4])
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # of Intel's GPUs; whoever turns oneDNN off is told of it
 def test_more_of_a_quantity_needs_as_much_more_as_the_formula_says(quantity, attention, checkpointing, element_bytes):
     model = ModelConfig(attention=attention, width=48, depth=2, heads=2, latents=16)
     setting = Setting(model, checkpointing=checkpointing, element_bytes=element_bytes)
     less, more = (grown(setting, **to) for to in GROWTH[quantity])
     tolerance = 0.03 if quantity in NEARLY_EXACT and not checkpointing else TOLERANCE
-    assert computed(more) - computed(less) == pytest.approx(measured(more) - measured(less), rel=tolerance)
+    with torch.backends.mkldnn.flags(enabled=quantity not in BESIDE_COPIES):
+        found = measured(more) - measured(less)
+    assert computed(more) - computed(less) == pytest.approx(found, rel=tolerance)
 
 
 def grown(setting: Setting, **to: object) -> Setting:

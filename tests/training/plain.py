@@ -141,5 +141,6 @@ def assert_same_gradient(found: dict[str, np.ndarray], wanted: dict[str, np.ndar
     whole = np.sqrt(sum((gradient**2).sum() for gradient in wanted.values()))
     for name, gradient in wanted.items():
         error = np.linalg.norm(found[name] - gradient) / max(np.linalg.norm(gradient), 1e-6 * whole)
-        assert error < 1e-5, f"{name}: {error:.2g}"
+        # Where the terms of a gradient cancel, plain PyTorch in float32 on one process misses it by up to 1.6e-5.
+        assert error < 3e-5, f"{name}: {error:.2g}"
         assert np.any(gradient), f"{name} has no gradient: the comparison would say nothing"
