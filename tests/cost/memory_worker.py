@@ -6,7 +6,6 @@ targets. It counts in the allocator of the C library, for a tensor may be freed 
 MALLOC_MMAP_THRESHOLD_ must be set: blocks above it count, which are tensors and not Python's objects.
 """
 
-import ctypes
 import gc
 import json
 import sys
@@ -14,24 +13,10 @@ from pathlib import Path
 
 from cctrain.parallel.mesh import join_mesh
 from cctrain.process_memory import resident
+from tests.allocator import mapped
 from tests.cost.zero_worker import Training
 
 STEPS = 4
-
-
-class AllocatorState(ctypes.Structure):
-    """`struct mallinfo2` of glibc's <malloc.h>: ten numbers, of which one is used."""
-
-    _fields_ = [("before", ctypes.c_size_t * 4), ("mapped", ctypes.c_size_t), ("after", ctypes.c_size_t * 5)]
-
-
-library = ctypes.CDLL(None)
-library.mallinfo2.restype = AllocatorState
-
-
-def held() -> int:
-    """Bytes in blocks that the allocator mapped one by one, and unmaps when they are freed."""
-    return library.mallinfo2().mapped
 
 
 def forget_the_peak() -> None:
@@ -43,16 +28,16 @@ if __name__ == "__main__":
     plan = json.loads(sys.argv[1])
     with join_mesh() as mesh:
         training = Training(plan["store"], plan["model"], plan["stage"], plan["precision"], mesh)
-        before, kept, most = held(), [], []
+        before, kept, most = mapped(), [], []
         training.build()
         for _ in range(STEPS):
             gc.collect()
             forget_the_peak()
-            begun_with, resident_then = held() - before, resident("VmRSS")
+            begun_with, resident_then = mapped() - before, resident("VmRSS")
             training.step()
             most.append(begun_with + resident("VmHWM") - resident_then)
             gc.collect()
-            kept.append(held() - before)
+            kept.append(mapped() - before)
         largest = max(training.batches, key=lambda batch: len(batch.genes))
         load = {"tokens": len(largest.genes), "contexts": len(largest.offsets) - 1, "targets": len(largest.targets)}
         if mesh.is_first:

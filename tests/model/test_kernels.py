@@ -1,5 +1,6 @@
 """How packs are cut, folded and batched for a stock kernel."""
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from cctrain.model.kernels import flash_cpu, flash_cuda
 from cctrain.model.kernels.folded import Stock, cut_into_chunks, fold
+from tests.allocator import allocated
 from tests.model.attention_reference import KINDS, Case, case, expected, largest_error
 
 
@@ -74,6 +76,28 @@ def test_long_contexts_are_attended_in_two_calls_each_at_most(kind, monkeypatch)
 @pytest.mark.parametrize("kind", KINDS)
 def test_small_contexts_of_few_lengths_are_attended_in_a_call_for_each_length(kind, monkeypatch):
     assert calls_of(kind, [3, 50, 3, 7, 50, 0, 3, 7, 7, 50], monkeypatch) == 3
+
+
+def kept_of_lengths(attend: Callable[[torch.Tensor, int], object], lengths: range) -> int:
+    """Bytes of the process in the end that it did not hold in the beginning."""
+    before = allocated()
+    for length in lengths:
+        attend(torch.ones(length, 2, 8, dtype=torch.bfloat16), length)
+    return allocated() - before
+
+
+def test_self_attention_in_bf16_keeps_nothing_of_the_lengths_that_contexts_had():
+    def operators_own(rows: torch.Tensor, length: int) -> None:
+        flash_cpu._forward(*3 * [rows.transpose(0, 1).unsqueeze(0)])
+
+    def ours(rows: torch.Tensor, length: int) -> None:
+        flash_cpu.KERNELS.self_forward(rows, rows, rows, [0, length])
+
+    for attend in (operators_own, ours):
+        kept_of_lengths(attend, range(1025, 1030))
+    if kept_of_lengths(operators_own, range(1030, 1062)) < 4e6:
+        pytest.skip("on this CPU the operator itself keeps nothing: only with AMX does it")
+    assert kept_of_lengths(ours, range(1062, 1094)) < 4e5
 
 
 def test_evenly_spaced_sequences_are_not_copied():
