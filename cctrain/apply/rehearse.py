@@ -25,7 +25,7 @@ import torch.distributed as dist
 from cctrain.apply.calibrate import on_local_ranks
 from cctrain.config import Config
 from cctrain.cost.devices import Device
-from cctrain.cost.estimate import estimate
+from cctrain.cost.estimate import estimate, needs_of
 from cctrain.cost.parameters import num_parameters
 from cctrain.cost.step import step_cost
 from cctrain.cost.work import Contexts
@@ -120,6 +120,7 @@ def take_steps(config: Config, contexts: Contexts, mesh: Mesh) -> dict[str, Any]
             train_step(engine, config, mesh, few, 1, list)
         most_of_few_tokens = most()
     with watched_memory(mesh.device) as most, closing(run_steps(engine, config, mesh, loader, order)) as steps:
+        train_step(engine, config, mesh, fullest_step(config, contexts, mesh), 1, list)
         for step in steps:
             peaks.append(most())
             computing = step.values["step_seconds"] - step.values["data_seconds"]
@@ -149,6 +150,20 @@ def growth_after(peaks: Sequence[float]) -> float:
 
 def few_tokens(contexts: Contexts) -> Contexts:
     return Contexts(FEW_TOKENS, 0.1 * FEW_TOKENS, contexts.genes)
+
+
+def fullest_step(config: Config, contexts: Contexts, mesh: Mesh) -> RankStep:
+    """Of made-up contexts, with the fullest micro-batch that a training may ever have, which few of its steps come
+    near. Where a step has several, it comes after another, of which there are gradients then. It is taken first: what
+    the heap comes to hold in pieces beside it is growth."""
+    work = needs_of(config, contexts, mesh.num_ranks, mesh.device.type).work
+    together = max(1, round(work.most.contexts))
+    each = Contexts(work.most.tokens / together, work.most.targets / together, contexts.genes)
+    samples = mesh.num_data_ranks + mesh.data_rank * together + np.arange(together)
+    batches = [made_up_batch(samples, *of_context(config, each))]
+    if work.micro_batches > 1:
+        batches.insert(0, made_up_batch(np.array([mesh.data_rank]), *of_context(config, few_tokens(each))))
+    return RankStep(0, config.data.global_batch, batches)
 
 
 def has_store(config: Config) -> bool:
@@ -195,9 +210,15 @@ def made_up_batches(config: Config, contexts: Contexts, mesh: Mesh) -> list[Batc
     of_row = -(-config.data.global_batch // mesh.num_data_ranks)
     together = min(of_row, max(1, most // tokens))
     numbers = np.array_split(np.arange(of_row), -(-of_row // together))
-    targets = min(tokens, max(1, round(contexts.targets / sharing)))
-    first, form = mesh.data_rank * of_row, (tokens, targets, contexts.genes, config.model.cell_encoding or 0)
+    first, form = mesh.data_rank * of_row, of_context(config, contexts, sharing)
     return [made_up_batch(first + some, *form) for some in numbers]
+
+
+def of_context(config: Config, contexts: Contexts, sharing: int = 1) -> tuple[int, int, int, int]:
+    """Tokens of a rank's slice of the mean context, targets among them, genes of the vocabulary, encoding of a cell."""
+    tokens = max(1, round(contexts.tokens / sharing))
+    targets = min(tokens, max(1, round(contexts.targets / sharing)))
+    return tokens, targets, contexts.genes, config.model.cell_encoding or 0
 
 
 def made_up_batch(samples: np.ndarray, tokens: int, targets: int, num_genes: int, cell_encoding: int) -> Batch:

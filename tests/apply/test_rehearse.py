@@ -16,7 +16,7 @@ from cctrain.apply.processes import in_new_processes
 from cctrain.apply.rehearse import LONGEST_STEP, MOST_PARAMETERS, growth_after, made_up_batches, smaller
 from cctrain.config import Config, ModelConfig
 from cctrain.cost.devices import load_device
-from cctrain.cost.estimate import estimate
+from cctrain.cost.estimate import estimate, needs_of
 from cctrain.cost.parameters import num_parameters
 from cctrain.cost.step import step_cost
 from cctrain.cost.work import Contexts, work_of
@@ -56,6 +56,23 @@ def test_the_ranks_of_a_row_hold_slices_of_the_same_contexts_and_rows_of_others(
         for rank in range(4)
     ]
     assert held == [[0, 1], [0, 1], [2, 3], [2, 3]]
+
+
+@pytest.mark.parametrize(("global_batch", "micro_batches"), [(8, 2), (3, 1)])
+@pytest.mark.parametrize("rank", range(4))
+def test_the_fullest_micro_batch_that_there_may_ever_be_is_rehearsed(global_batch, micro_batches, rank):
+    config, contexts = training(global_batch=global_batch, micro_batch_tokens=900), Contexts(900, 60, 50, longest=1200)
+    config.parallel.context = 2
+    most = needs_of(config, contexts, 4, "cpu").work.most
+    step = rehearse.fullest_step(config, contexts, Mesh(rank, 4, CPU, 2))
+    assert len(step.batches) == micro_batches
+    fullest = step.batches[-1]
+    assert len(fullest.genes) == pytest.approx(most.tokens, rel=0.01)
+    assert len(fullest.samples) == pytest.approx(most.contexts, abs=0.5)
+    assert len(fullest.targets) == pytest.approx(most.targets, rel=0.05)
+    assert all(len(batch.genes) <= rehearse.FEW_TOKENS for batch in step.batches[:-1])
+    drawn = np.concatenate([batch.samples for batch in step.batches]).tolist()
+    assert len(set(drawn)) == len(drawn)
 
 
 def test_targets_are_hidden_and_within_their_contexts():
