@@ -153,9 +153,9 @@ def few_tokens(contexts: Contexts) -> Contexts:
 
 
 def fullest_step(config: Config, contexts: Contexts, mesh: Mesh) -> RankStep:
-    """Of made-up contexts, with the fullest micro-batch that a training may ever have, which few of its steps come
-    near. Where a step has several, it comes after another, of which there are gradients then. It is taken first: what
-    the heap comes to hold in pieces beside it is growth."""
+    """Of made-up contexts, with the fullest micro-batch that is to be expected of a training, which few of its steps
+    come near. Where a step has several, it comes after another, of which there are gradients then. It is taken first:
+    what the heap comes to hold in pieces beside it is growth."""
     work = needs_of(config, contexts, mesh.num_ranks, mesh.device.type).work
     together = max(1, round(work.most.contexts))
     each = Contexts(work.most.tokens / together, work.most.targets / together, contexts.genes)

@@ -1,10 +1,12 @@
 """What one rank does in a training step: which part of which contexts, in how many micro-batches, and how."""
 
+import math
 from dataclasses import dataclass
 
 from cctrain.config import Config, MemoryConfig
 from cctrain.cost.traffic import DEEPSPEEDS_OWN, Gathering, gathering_of
 
+DEVIATIONS = 3.0  # of the tokens of a step from their mean: what one step in 740 exceeds
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -34,7 +36,7 @@ class Load:
 class Work:
     """One step: ranks, C of them for each context, and what a rank does of it in each of its micro-batches.
 
-    `fullest` is the most that one may hold in any step, which memory follows; None: no more than others.
+    `fullest` is the most that one is expected to hold in any step, which memory follows; None: no more than others.
     """
 
     ranks: int
@@ -73,13 +75,19 @@ def work_of(config: Config, contexts: Contexts, ranks: int, tile_tokens: int) ->
         config.memory,
         config.memory.tile_tokens or tile_tokens,
         gathering_of(config),
-        None if longest is None else fullest(load, contexts_in_all, longest / context_ranks, together),
+        None
+        if longest is None
+        else fullest(load, contexts_in_all, longest / context_ranks, contexts.unevenness, together),
         contexts.unevenness,
     )
 
 
-def fullest(load: Load, contexts: int, longest: float, micro_batch_tokens: int) -> Load:
-    """Of so many contexts, when they are the longest, as many as a micro-batch takes."""
-    more = max(1.0, min(contexts * longest, micro_batch_tokens) / load.tokens)
+def fullest(load: Load, contexts: int, longest: float, unevenness: float, micro_batch_tokens: int) -> Load:
+    """Of so many contexts, in the longest step of a thousand, as many as a micro-batch takes. The longest context comes
+    some day; that all of them are as long at once is not to be expected."""
+    mean = load.tokens / load.contexts
+    spread = DEVIATIONS * mean * math.sqrt(contexts * (unevenness - 1))
+    of_step = min(contexts * longest, max(contexts * mean + spread, longest + (contexts - 1) * mean))
+    more = max(1.0, min(of_step, micro_batch_tokens) / load.tokens)
     together = min(contexts, more * load.contexts)
     return Load(more * load.tokens, together, together * load.targets / load.contexts)

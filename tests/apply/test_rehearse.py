@@ -60,7 +60,7 @@ def test_the_ranks_of_a_row_hold_slices_of_the_same_contexts_and_rows_of_others(
 
 @pytest.mark.parametrize(("global_batch", "micro_batches"), [(8, 2), (3, 1)])
 @pytest.mark.parametrize("rank", range(4))
-def test_the_fullest_micro_batch_that_there_may_ever_be_is_rehearsed(global_batch, micro_batches, rank):
+def test_the_fullest_micro_batch_that_is_to_be_expected_is_rehearsed(global_batch, micro_batches, rank):
     config, contexts = training(global_batch=global_batch, micro_batch_tokens=900), Contexts(900, 60, 50, longest=1200)
     config.parallel.context = 2
     most = needs_of(config, contexts, 4, "cpu").work.most
