@@ -86,7 +86,7 @@ def fullest(load: Load, contexts: int, longest: float, unevenness: float, micro_
     """Of so many contexts, in the longest step of a thousand, as many as a micro-batch takes. The longest context comes
     some day; that all of them are as long at once is not to be expected."""
     mean = load.tokens / load.contexts
-    spread = DEVIATIONS * mean * math.sqrt(contexts * (unevenness - 1))
+    spread = DEVIATIONS * mean * math.sqrt(contexts * max(0.0, unevenness - 1))  # rounded, equal ones may be below 1
     of_step = min(contexts * longest, max(contexts * mean + spread, longest + (contexts - 1) * mean))
     more = max(1.0, min(of_step, micro_batch_tokens) / load.tokens)
     together = min(contexts, more * load.contexts)

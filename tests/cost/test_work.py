@@ -42,6 +42,11 @@ def test_the_longest_context_comes_some_day_however_rare_it_is():
     assert fullest(mean, 2, longest=3000, unevenness=1.01, micro_batch_tokens=9000) == Load(4000, 2, 100)
 
 
+def test_contexts_that_are_all_alike_up_to_rounding_have_no_spread():
+    mean = Load(tokens=2000, contexts=2, targets=100)
+    assert fullest(mean, 2, longest=1000, unevenness=1 - 1e-12, micro_batch_tokens=9000) == mean
+
+
 def test_memory_follows_the_fullest_micro_batch_where_the_longest_context_is_known():
     alike, unlike = work(micro_batch_tokens=8000), work(micro_batch_tokens=8000, longest=1300)
     assert (alike.most, unlike.load) == (alike.load, alike.load)
