@@ -51,6 +51,24 @@ def test_contexts_are_cut_into_even_chunks_no_larger_than_asked_for(lengths, siz
         assert count == 0 or 0 < max(own) <= min(size, min(own) + 1)
 
 
+@given(heads=st.integers(1, 12), threads=st.integers(1, 16))
+def test_a_long_context_has_the_fewest_chunks_that_give_each_thread_as_many_heads(heads, threads):
+    total = 8 * 9 * 5 * 7 * 11 * 13  # as many chunks as threads, without a remainder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: threads)
+        patch.setattr(flash_cpu, "SMALLEST_CHUNK", 1)
+        patch.setattr(flash_cpu, "LARGEST_CHUNK", total)
+        size = flash_cpu.chunk_size(torch.empty(1, 64, heads, 8), total)
+    even = [number for number in range(1, threads + 1) if number * heads % threads == 0]
+    assert -(-total // size) == even[0]
+
+
+@pytest.mark.parametrize(("threads", "total", "expected"), [(1, 100_000, 4096), (64, 4096, 512), (2, 3000, 3000)])
+def test_a_chunk_is_neither_too_short_nor_too_long(threads, total, expected, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert flash_cpu.chunk_size(torch.empty(1, 64, 4, 8), total) == expected
+
+
 def calls_of(kind: str, lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> int:
     """How often one forward calls PyTorch's operator."""
     calls = []

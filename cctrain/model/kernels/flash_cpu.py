@@ -7,6 +7,7 @@ a copy would cost as much as a forward pass (67 MB of keys and values: 33 ms to 
 queries, one core of a shared machine).
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -17,8 +18,8 @@ from torch import Tensor
 from cctrain.model.kernels.folded import Stock, fold
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# Long enough that a chunk's own work hides its latents' copies, short enough to give every core some.
-CHUNK_SIZE = 2048
+# Long enough that a chunk's own work hides its latents' copies, short enough to stay in the cache.
+SMALLEST_CHUNK, LARGEST_CHUNK = 512, 4096
 # The longest sequences that are worth copying into one call.
 FEW_TOKENS = 256
 
@@ -124,6 +125,14 @@ def _packed(batches: list[tuple[tuple[Starts, int], Tensor]], num_rows: int) -> 
     return rows
 
 
+def chunk_size(latents: Tensor, total: int) -> int:
+    """Tokens in a chunk such that all of them give each thread as much to do: the operator's backward is parallel over
+    the heads of a chunk."""
+    heads, threads = latents.shape[2], torch.get_num_threads()
+    num_chunks = math.lcm(heads, threads) // heads
+    return min(LARGEST_CHUNK, max(SMALLEST_CHUNK, -(-total // num_chunks)))
+
+
 def why_not(queries: Tensor) -> str | None:
     """Why this backend cannot run on such a tensor, or None."""
     if queries.device.type != "cpu":
@@ -133,7 +142,7 @@ def why_not(queries: Tensor) -> str | None:
     return None
 
 
-_FOLDED = fold(Stock(forward, backward, chunk_size=lambda latents, total: CHUNK_SIZE))
+_FOLDED = fold(Stock(forward, backward, chunk_size))
 
 
 def self_forward(queries: Tensor, keys: Tensor, values: Tensor, offsets: list[int]) -> tuple[Tensor, Tensor]:
