@@ -378,7 +378,8 @@ def scaling(
     context: Annotated[str | None, typer.Option(metavar="C,C", help="Context ranks, such as 1,2.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the sweep. Default: RUN.DIR-scaling.")] = None,
     budget: Annotated[float | None, typer.Option(help="Leave out points predicted to take more seconds.")] = None,
-    repeats: Annotated[int | None, typer.Option(help="Most repeats of a point. Default: 9.", min=1)] = None,
+    rounds: Annotated[int | None, typer.Option(help="How often all points are measured. Default: 3.", min=1)] = None,
+    repeats: Annotated[int | None, typer.Option(help="Most repeats of a point in a round. Default: 3.", min=1)] = None,
     genes: Annotated[int | None, typer.Option(help="Rows of the gene table. Default: 2000.", min=1)] = None,
     fit_from: Annotated[int | None, typer.Option(help="Shortest n in exponents. Default: 4096.", min=1)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the points, time and memory; measure none.")] = False,
@@ -394,7 +395,7 @@ def scaling(
         from cctrain.apply.scaling.command import Grid, scaling
 
         grid = Grid(lengths, latents, context)
-        return scaling(config, overrides, grid, out, budget, repeats, genes, fit_from, dry_run)
+        return scaling(config, overrides, grid, out, budget, rounds, repeats, genes, fit_from, dry_run)
 
     run_command(work, as_json, debug)
 

@@ -22,10 +22,10 @@ import torch
 
 from cctrain.apply.processes import in_new_processes
 from cctrain.apply.scaling.analysis import FIT_FROM, THEORY, analyse
-from cctrain.apply.scaling.measure import MOST_REPEATS, depth_of_as_many_parameters, seconds_of
+from cctrain.apply.scaling.measure import depth_of_as_many_parameters, seconds_of
 from cctrain.apply.scaling.points import Row, adopt_settings, digest_of, points_of, read_points
 from cctrain.apply.scaling.report import crossover_in_words, csv_text, exponent_in_words, report_text
-from cctrain.apply.scaling.sweep import Plan, forecast, seconds_to_go, sweep
+from cctrain.apply.scaling.sweep import REPEATS_OF_A_ROUND, ROUNDS, Plan, forecast, seconds_to_go, sweep
 from cctrain.apply.scaling.tracking import track
 from cctrain.apply.scaling.work import PRECISIONS, TARGET_SHARE, Setting, matrix_product
 from cctrain.config import Config, ModelConfig, load_config, to_yaml
@@ -63,6 +63,7 @@ def scaling(
     grid: Grid | None = None,
     out: Path | None = None,
     budget: float | None = None,
+    rounds: int | None = None,
     repeats: int | None = None,
     genes: int | None = None,
     fit_from: int | None = None,
@@ -91,10 +92,11 @@ def scaling(
         list(points),
         setting,
         BUDGET[device] if budget is None else budget,
-        repeats or MOST_REPEATS,
+        rounds or ROUNDS,
+        repeats or REPEATS_OF_A_ROUND,
         rate["flops_per_second"],
         digest_of(settings),
-        command_text(config_file, overrides or [], grid, budget, repeats, genes),
+        command_text(config_file, overrides or [], grid, budget, rounds, repeats, genes),
     )
     folder = out or Path(f"{config.run.dir}-scaling")
     if dry_run:
@@ -124,11 +126,12 @@ def command_text(
     overrides: list[str],
     grid: Grid,
     budget: float | None = None,
+    rounds: int | None = None,
     repeats: int | None = None,
     genes: int | None = None,
 ) -> str:
     """What decides which points are measured, and how; the folder does not."""
-    options = {**asdict(grid), "budget": budget, "repeats": repeats, "genes": genes}
+    options = {**asdict(grid), "budget": budget, "rounds": rounds, "repeats": repeats, "genes": genes}
     given = [f"--{name}={value}" for name, value in options.items() if value is not None]
     return strip_credentials(shlex.join(["cctrain", "scaling", str(config_file), *overrides, *given]))
 

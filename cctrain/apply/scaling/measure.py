@@ -2,7 +2,8 @@
 
 After a tiny step, which imports and makes what is made once, and one step that does not count, step, attention of a
 layer and matrix product take turns, so that a machine that slows down slows all three. They do so up to 9 times, as
-often as 20 s hold; a step that takes longer than that is timed once, the first time. Medians are reported.
+often as 20 s hold, once at least; a step that takes longer than 20 s is timed once, the first time. Medians are
+reported, of one measurement or of several that were made at different times.
 """
 
 import statistics
@@ -22,6 +23,7 @@ from cctrain.parallel.mesh import Mesh
 from cctrain.process_memory import resident
 
 MOST_REPEATS, SECONDS_OF_REPEATS = 9, 20.0
+LONGEST_REPEATED = 20.0  # seconds
 
 
 def depth_of_as_many_parameters(model: ModelConfig, num_genes: int) -> int:
@@ -55,13 +57,23 @@ def predicted_seconds(row: dict[str, Any], shorter: dict[str, Any]) -> float:
     return measured * row["flops"] / shorter["flops"]
 
 
-def times_of_repeats(step_seconds: float, most: int = MOST_REPEATS) -> int:
+def times_of_repeats(step_seconds: float, most: int = MOST_REPEATS, seconds: float = SECONDS_OF_REPEATS) -> int:
     """How often a step of that length is repeated; 0: its first time counts."""
-    return min(most, int(SECONDS_OF_REPEATS / step_seconds))
+    return max(1, min(most, int(seconds / step_seconds))) if step_seconds <= LONGEST_REPEATED else 0
+
+
+def is_timed_once(timings: dict[str, Any]) -> bool:
+    """Whether the first step is all there is, with whatever it takes longer than later ones."""
+    return timings["steps"] == [timings["warm_up"]]
 
 
 def measure(
-    model: ModelConfig, tokens: int, setting: Setting, most_repeats: int = MOST_REPEATS, mesh: Mesh | None = None
+    model: ModelConfig,
+    tokens: int,
+    setting: Setting,
+    most_repeats: int = MOST_REPEATS,
+    seconds: float = SECONDS_OF_REPEATS,
+    mesh: Mesh | None = None,
 ) -> dict[str, Any]:
     """Every time taken, in seconds, and the growth of memory at the first step, in bytes, of the rank with the most.
 
@@ -77,7 +89,7 @@ def measure(
     after = resident("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated()
     multiply, flops = matrix_product(setting)
     multiply()
-    repeats = times_of_repeats(first, most_repeats)
+    repeats = times_of_repeats(first, most_repeats, seconds)
     steps, attentions, products = [] if repeats else [first], [], []
     for _ in range(max(1, repeats)):
         if repeats:
@@ -92,6 +104,12 @@ def measure(
         "flops_of_matrix_products": flops * (mesh.num_ranks if mesh else 1),
         "memory_bytes": int(_largest(after - before, mesh)),
     }
+
+
+def joined(timings: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Of two measurements of a point; the warm-up is the first one's, memory the larger."""
+    lists = {key: value + more[key] for key, value in timings.items() if isinstance(value, list)}
+    return timings | lists | {"memory_bytes": max(timings["memory_bytes"], more["memory_bytes"])}
 
 
 def medians(timings: dict[str, Any], depth: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from cctrain.cost.parameters import num_parameters
 from cctrain.cost.work import ELEMENT_BYTES, Load
 from cctrain.model.tiles import TILE_TOKENS
 
-SECONDS_TO_START = 8.0  # a process that imports torch and makes its first tiny step
+SECONDS_TO_START = 5.0  # a process that imports torch and makes its first tiny step; 3 to 6 were measured
 UTILISATION = 0.6  # of the matrix product's rate, where nothing was measured; 0.63 to 1.1 was, on two CPU cores
 NUMBERS_A_PARAMETER = 4  # weight, gradient and two moments
 
@@ -28,17 +28,19 @@ def describe_point(point: Point, setting: Setting) -> Row:
 
 
 def seconds_of_turn(row: Row, rows: Mapping[str, Row], product_rate: float) -> float:
-    """Of one step and the attention of one layer, from the longest shorter context of this curve that was measured,
-    else from FLOPs at a share of the matrix product's rate."""
-    shorter = measured_shorter(row, rows)
+    """Of one step and the attention of one layer, from what was measured of this point, else from the longest shorter
+    context of this curve that was measured, else from FLOPs at a share of the matrix product's rate."""
+    own = rows.get(row["key"], {})
+    shorter = [own] if "step_seconds" in own else measured_shorter(row, rows)
     if shorter:
         return predicted_seconds(row, shorter[-1])
     return row["flops"] * (1 + row["attention_share_of_flops"] / row["depth"]) / (UTILISATION * product_rate)
 
 
-def seconds_of_point(seconds: float, most_repeats: int) -> float:
-    """From the start of its process to its end, if a turn takes so long."""
-    return SECONDS_TO_START + seconds * (1 + times_of_repeats(seconds, most_repeats))
+def seconds_of_point(seconds: float, most_repeats: int, seconds_of_repeats: float, rounds: int) -> float:
+    """Of so many rounds, each from the start of a process to its end, if a turn takes so long."""
+    repeats = times_of_repeats(seconds, most_repeats, seconds_of_repeats)
+    return (SECONDS_TO_START + seconds * (1 + repeats)) * (rounds if repeats else 1)
 
 
 def bytes_of_point(point: Point, setting: Setting) -> float:

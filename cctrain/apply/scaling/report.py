@@ -9,6 +9,7 @@ from typing import Any
 
 from cctrain.apply.processes import threads_of_a_rank
 from cctrain.apply.scaling.analysis import THEORY, one_and_several
+from cctrain.apply.scaling.measure import is_timed_once
 from cctrain.apply.scaling.points import CRISS_CROSS, DENSE, Row
 from cctrain.config import ModelConfig
 from cctrain.cost.traffic import exchange_of_a_layer, sent
@@ -62,14 +63,16 @@ def report_text(rows: Iterable[Row], found: dict[str, Any], settings: dict[str, 
 
 
 HOW = """\
-Every point is measured in processes of its own, one for each context rank. A step is forward, loss, backward and AdamW
+Points are measured in rounds, every one once in each, so that a machine that is slow for some minutes is not slow for
+one length alone; and in processes of their own, one for each context rank. A step is forward, loss, backward and AdamW
 on one context of random tokens; no token store is read. After one step that does not count (`warm_up_seconds` in
-points.csv), a step, the attention of one layer and a plain matrix product take turns; medians count. A step of over
-20 s is timed once, the first time. Attention is that of one layer run alone, forward and backward, times the number of
+points.csv is that of the first round), a step, the attention of one layer and a plain matrix product take turns;
+medians over all rounds count. A step of over 20 s is timed once, the first time. Attention is that of one layer run
+alone, forward and backward, times the number of
 layers: what the rest of a step does to the caches is not seen that way, and the rest is the difference of the two.
 Memory is what the first step added, weights, gradients and AdamW's moments among it: on a CPU the growth of the
-process's peak of resident memory, on a GPU the most that PyTorch had allocated; with several ranks, of the one with
-the most. FLOPs are by the closed form, recomputation included.
+process's peak of resident memory, on a GPU the most that PyTorch had allocated; of the round with the most, and of
+the rank with the most. FLOPs are by the closed form, recomputation included.
 
 Intervals are at 95 % (Student's t): they hold the noise from point to point, and not what a law leaves out. Sums of
 terms are fitted to relative errors, with coefficients that are not negative, since each is time that something takes.
@@ -292,16 +295,12 @@ def _points(rows: list[Row]) -> str:
         if "left_out" in row:
             lines.append(f"{model} left out: {row['left_out']} | | | {share} | | | |")
         else:
-            timed = "the first" if _is_of_the_first_step(row) else row["repeats"]
+            timed = "the first" if is_timed_once(row["timings"]) else row["repeats"]
             lines.append(
                 f"{model} {row['step_seconds']:.4g} | {timed} | {row['attention_seconds']:.4g} | {share} "
                 f"| {row['attention_share_of_time']:.1%} | {row['memory_bytes'] / MIB:,.0f} "
                 f"| {row['tokens_per_second']:,.0f} |"
             )
-    if any(_is_of_the_first_step(row) for row in rows):
+    if any(is_timed_once(row["timings"]) for row in rows if "timings" in row):
         lines += ["", "`the first`: timed once; what a first step takes longer than later ones is in it."]
     return "\n".join(lines)
-
-
-def _is_of_the_first_step(row: Row) -> bool:
-    return "timings" in row and row["timings"]["steps"] == [row["timings"]["warm_up"]]

@@ -24,9 +24,10 @@ def a_plan(
     latents: list[int] = LATENTS,
     context_ranks: tuple[int, ...] = (1,),
     budget: float = 1e9,
+    rounds: int = 1,
 ) -> Plan:
     points = list(points_of(MODEL, 4, lengths, latents, list(context_ranks)))
-    return Plan(points, SETTING, budget, most_repeats=3, product_rate=1e11, digest=DIGEST, command="cctrain scaling")
+    return Plan(points, SETTING, budget, rounds, 3, product_rate=1e11, digest=DIGEST, command="cctrain scaling")
 
 
 def timings(point: Point, noise: float = 1.0) -> dict[str, Any]:

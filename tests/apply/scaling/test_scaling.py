@@ -27,7 +27,7 @@ def run(*arguments: object) -> int:
 def arguments(tmp_path: Path, database: str) -> list[str]:
     config = tmp_path / "tiny.yaml"
     config.write_text(f"model: {{width: 16, depth: 2, heads: 2, latents: 4}}\ntracking: {{uri: '{database}'}}\n")
-    return [str(config), f"run.dir={tmp_path / 'runs' / 'tiny'}", "--latents=4,8", "--repeats=2"]
+    return [str(config), f"run.dir={tmp_path / 'runs' / 'tiny'}", "--latents=4,8", "--rounds=2", "--repeats=2"]
 
 
 @pytest.fixture
@@ -46,7 +46,8 @@ def test_a_small_sweep_is_measured_and_its_second_call_measures_nothing(argument
     first = json.loads(capfd.readouterr().out)
     folder = tmp_path / "runs" / "tiny-scaling"
     points = (folder / "points.jsonl").read_bytes()
-    assert len(first["points"]) == len(points.splitlines()) == 4
+    assert len(first["points"]) == 4
+    assert len(points.splitlines()) == 8, "a line of each point in each round"
     assert all(0 < point["attention_share_of_time"] < 1 and point["memory_bytes"] >= 0 for point in first["points"])
     assert first["fits"]["attention"]["n·M"]["points"] == 2
     assert len(first["mlflow"]["children"]) == 4
@@ -71,8 +72,8 @@ def test_the_report_has_the_commands_that_made_its_points(arguments, tmp_path, q
         assert run(*arguments, *options) == 0
     said = f"`cctrain scaling {arguments[0]} {arguments[1]} --lengths="
     report = (folder / "report.md").read_text()
-    assert f"- 8: {said}4096,8192 --latents=4,8 --repeats=2`\n" in report
-    assert f"- 4: {said}16384 --latents=4,8 --budget=1200.0 --repeats=2`\n" in report
+    assert f"- 8: {said}4096,8192 --latents=4,8 --rounds=2 --repeats=2`\n" in report
+    assert f"- 4: {said}16384 --latents=4,8 --budget=1200.0 --rounds=2 --repeats=2`\n" in report
 
 
 def test_other_settings_in_the_same_folder_are_refused(arguments, capfd, quick_machine):
@@ -86,7 +87,7 @@ def test_a_tracking_store_that_fails_is_a_warning_and_the_points_are_kept(argume
     nowhere.write_text("no folder")
     assert run(*arguments, "--lengths=32", f"tracking.uri=sqlite:///{nowhere}/mlflow.db") == 0
     assert "MLflow tracking failed" in caplog.text
-    assert len((tmp_path / "runs" / "tiny-scaling" / "points.jsonl").read_text().splitlines()) == 4
+    assert len((tmp_path / "runs" / "tiny-scaling" / "points.jsonl").read_text().splitlines()) == 8
 
 
 def test_a_dry_run_shows_points_and_time_and_writes_nothing(arguments, tmp_path, capfd):
