@@ -68,11 +68,11 @@ one length alone; and in processes of their own, one for each context rank. A st
 on one context of random tokens; no token store is read. After one step that does not count (`warm_up_seconds` in
 points.csv is that of the first round), a step, the attention of one layer and a plain matrix product take turns;
 medians over all rounds count. A step of over 20 s is timed once, the first time. Attention is that of one layer run
-alone, forward and backward, times the number of
-layers: what the rest of a step does to the caches is not seen that way, and the rest is the difference of the two.
-Memory is what the first step added, weights, gradients and AdamW's moments among it: on a CPU the growth of the
-process's peak of resident memory, on a GPU the most that PyTorch had allocated; of the round with the most, and of
-the rank with the most. FLOPs are by the closed form, recomputation included.
+alone, forward and backward, times the number of layers: what the rest of a step does to the caches is not seen that
+way, and the rest is the difference of the two. Memory is what the first step added, weights, gradients and AdamW's
+moments among it: on a CPU the growth of the process's peak of resident memory, on a GPU the most that PyTorch had
+allocated; of the round with the most, and with several ranks of the one with the most. FLOPs are by the closed form,
+recomputation included.
 
 Intervals are at 95 % (Student's t): they hold the noise from point to point, and not what a law leaves out. Sums of
 terms are fitted to relative errors, with coefficients that are not negative, since each is time that something takes.
