@@ -109,9 +109,11 @@ def _measured(point: Point, rows: dict[str, Row], plan: Plan, measure_point: Mea
     log.info("%s: about %.0f s, %s", where, _predicted(row, rows, plan, 1), _rest(plan, rows))
     found = measure_point(point, plan.setting, plan.most_repeats)
     if LEFT_OUT in found:
+        if "timings" in row:
+            log.warning("%s: %s in this round; what was measured before stays", where, found[LEFT_OUT])
+            return row | {"rounds": _rounds(row) + 1}
         log.info("%s left out: %s", where, found[LEFT_OUT])
-        left_out = found | {"for_want_of": MEMORY}
-        return row | ({"rounds": _rounds(row) + 1} if "timings" in row else left_out)  # what was measured stays
+        return row | found | {"for_want_of": MEMORY}
     timings = joined(row["timings"], found) if "timings" in row else found
     row = row | medians(timings, point.model.depth) | {"timings": timings, "rounds": _rounds(row) + 1}
     row |= rates(row)
