@@ -5,13 +5,14 @@ complete; a task whose file exists is not run again, which is all that continuin
 one list do not depend on each other. Worker processes are spawned, never forked: forking where HDF5 or
 BLAS has started threads may hang. With one worker, or one task, everything runs in this process.
 
-A worker ends with this process, however it dies, and a worker that dies is one error, not a wait for ever.
+A worker ends with this process, however it dies, and a worker that dies is one error, not a wait for ever. It is
+ended by a plain SIGTERM, without a handler that raises: Python would drop the exception if the signal met a
+callback of a garbage collection, and there is nothing to give back that a kill would not leave as well.
 """
 
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -177,7 +178,6 @@ def _run_here(task: Task, advance: Callable[[str, int], None], keep_going: bool)
 
 def _work(pipe: Connection) -> None:
     """The life of a worker: tasks in, errors and progress out, until the pipe ends."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # in order, so that what libraries hold is given back
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with suppress(EOFError, ConnectionError):  # nobody listens any more: an error elsewhere has ended the work
         while True:
@@ -191,9 +191,6 @@ def _work(pipe: Connection) -> None:
                 pipe.send(("error", error))
             except Exception:
                 pipe.send(("error", RuntimeError(f"in a worker process:\n{traceback.format_exc()}")))
-    # Leaving already, which an exception would disturb. With SIG_IGN, Python would print a traceback about a signal
-    # that it has received and not handled yet.
-    signal.signal(signal.SIGTERM, lambda *_: None)
 
 
 class _News:

@@ -14,7 +14,7 @@ from cctrain.errors import DataError
 
 # In a module of its own, which worker processes can import wherever the tests are run from.
 JOBS = """
-import os, signal, time
+import os, signal, time, weakref
 from pathlib import Path
 from cctrain.errors import DataError
 
@@ -31,6 +31,21 @@ def refuse(text, target, advance):
 
 def die(target, advance):
     os.kill(os.getpid(), signal.SIGKILL)
+
+def refuse_after(other, target, advance):
+    while not other.exists():
+        time.sleep(0.05)
+    refuse("no", target, advance)
+
+def wait_in_callback(target, advance):
+    class Watched:
+        pass
+    def wait(_):
+        target.write_text("")
+        time.sleep(60)
+    watched = Watched()
+    watch = weakref.ref(watched, wait)
+    del watched
 
 def blunder(target, advance):
     raise KeyError("a defect")
@@ -118,6 +133,14 @@ def test_a_worker_that_nobody_listens_to_any_more_leaves_in_silence(jobs, tmp_pa
     worker.join()
     assert worker.exitcode == 0
     assert capfd.readouterr().err == ""
+
+
+def test_a_worker_is_ended_in_silence_where_python_would_drop_an_exception(jobs, tmp_path, capfd):
+    waiting = tmp_path / "a"
+    tasks = [task(jobs.wait_in_callback, waiting), task(jobs.refuse_after, tmp_path / "b", waiting)]
+    with Workers(2) as pool, pytest.raises(DataError):
+        pool.run(tasks)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_workers_end_with_the_process_that_started_them(jobs, tmp_path):
