@@ -21,7 +21,8 @@ THEORY = {"n·M": 1, "n": 1, "M": 1} | {f"n, {name}": 2 for name in DENSE.values
 
 
 def analyse(rows: Iterable[Row], fit_from: int = FIT_FROM) -> dict[str, Any]:
-    """{attention: exponents by name, attention_terms and total: laws by curve, crossovers, speed_ups}, in JSON's types.
+    """{attention: exponents by name, exponents_by_round: lists of them, attention_terms and total: laws by curve,
+    crossovers, speed_ups}, in JSON's types.
 
     A fit for which there are too few points is None.
     """
@@ -35,6 +36,7 @@ def analyse(rows: Iterable[Row], fit_from: int = FIT_FROM) -> dict[str, Any]:
     return {
         "fit_from": fit_from,
         "attention": {name: _as_dict(found) for name, found in attention_laws(long, dense, fit_from).items()},
+        "exponents_by_round": exponents_by_round(long),
         "attention_terms": {
             "criss-cross": _as_dict(attention_terms(ours)),
             **{DENSE[kind]: _as_dict(dense_attention_terms(of_kind)) for kind, of_kind in dense.items()},
@@ -56,11 +58,12 @@ def analyse(rows: Iterable[Row], fit_from: int = FIT_FROM) -> dict[str, Any]:
 
 def attention_laws(long: list[Row], dense: dict[str, list[Row]], fit_from: int) -> dict[str, PowerLaw | None]:
     """Of criss-cross points from `fit_from` tokens on, and of the dense ones among all."""
+    over_all = _laws_over_all(long)
     laws = {
-        "n·M": _fit(long, lambda row: row["tokens"] * row["latents"]),
-        "n": _fit(long, lambda row: row["tokens"], lambda row: row["latents"]),
+        "n·M": over_all["n·M"],
+        "n": over_all["n"],
         **{f"n, M = {latents}": _fit(_of(long, latents), lambda row: row["tokens"]) for latents in latents_of(long)},
-        "M": _fit(long, lambda row: row["latents"], lambda row: row["tokens"]),
+        "M": over_all["M"],
         **{
             f"M, n = {tokens:,}": _fit([row for row in long if row["tokens"] == tokens], lambda row: row["latents"])
             for tokens in sorted({row["tokens"] for row in long})
@@ -69,6 +72,30 @@ def attention_laws(long: list[Row], dense: dict[str, list[Row]], fit_from: int) 
     for kind, of_kind in dense.items():
         laws[f"n, {DENSE[kind]}"] = _fit([row for row in of_kind if row["tokens"] >= fit_from], lambda r: r["tokens"])
     return laws
+
+
+def exponents_by_round(long: list[Row]) -> dict[str, list[float]]:
+    """What each round by itself would have found, by name: how far another sweep may be off. Empty unless every point
+    was measured in every round, of which there are two at least."""
+    by_point = [row.get("attention_by_round", [None]) for row in long]
+    rounds = len(by_point[0]) if by_point else 0
+    if rounds < 2 or any(len(seconds) != rounds or None in seconds for seconds in by_point):
+        return {}
+    found: dict[str, list[float]] = {}
+    for number in range(rounds):
+        of_round = [row | {"attention_seconds": by[number]} for row, by in zip(long, by_point, strict=True)]
+        for name, law in _laws_over_all(of_round).items():
+            if law:
+                found.setdefault(name, []).append(law.exponent)
+    return found
+
+
+def _laws_over_all(long: list[Row]) -> dict[str, PowerLaw | None]:
+    return {
+        "n·M": _fit(long, lambda row: row["tokens"] * row["latents"]),
+        "n": _fit(long, lambda row: row["tokens"], lambda row: row["latents"]),
+        "M": _fit(long, lambda row: row["latents"], lambda row: row["tokens"]),
+    }
 
 
 def attention_terms(rows: list[Row]) -> SumOfTerms | None:

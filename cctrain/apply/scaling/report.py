@@ -149,6 +149,12 @@ def _attention(found: dict[str, Any]) -> str:
         rest = f"{law['exponent'] - theory:+.3f} | {law['r_squared']:.4f} | {law['points']}" if law else "| |"
         lines.append(f"| {name} | {exponent_in_words(law)} | {theory} | {rest} |")
     lines += ["", "`n` and `M` alone: one exponent for all points, with a factor of its own for each M, or each n."]
+    by_round = [
+        f"of {name} {', '.join(f'{exponent:.3f}' for exponent in exponents)}"
+        for name, exponents in found["exponents_by_round"].items()
+    ]
+    if by_round:
+        lines += ["", f"By each round alone the exponents over all points would be: {'; '.join(by_round)}."]
     return "\n".join(lines)
 
 

@@ -111,11 +111,13 @@ def _measured(point: Point, rows: dict[str, Row], plan: Plan, measure_point: Mea
     if LEFT_OUT in found:
         if "timings" in row:
             log.warning("%s: %s in this round; what was measured before stays", where, found[LEFT_OUT])
-            return row | {"rounds": _rounds(row) + 1}
+            return row | {"attention_by_round": [*_by_round(row), None]}
         log.info("%s left out: %s", where, found[LEFT_OUT])
         return row | found | {"for_want_of": MEMORY}
     timings = joined(row["timings"], found) if "timings" in row else found
-    row = row | medians(timings, point.model.depth) | {"timings": timings, "rounds": _rounds(row) + 1}
+    of_this_round = medians(found, point.model.depth)["attention_seconds"]
+    row |= {"timings": timings, "attention_by_round": [*_by_round(row), of_this_round]}
+    row |= medians(timings, point.model.depth)
     row |= rates(row)
     log.info(
         "  step %.4g s, attention %.4g s: %.1f %% of the time, %.1f %% of the FLOPs",
@@ -150,12 +152,14 @@ def _rounds_to_go(row: Row | None, rounds: int, budget: float) -> int:
         return rounds
     if LEFT_OUT in row:
         return rounds if row["for_want_of"] == BUDGET and row["predicted_seconds"] <= budget else 0
-    return 0 if is_timed_once(row["timings"]) else max(0, rounds - _rounds(row))
+    return 0 if is_timed_once(row["timings"]) else max(0, rounds - len(_by_round(row)))
 
 
-def _rounds(row: Row) -> int:
-    """In which the point was measured; in one, if it was and does not say so."""
-    return row.get("rounds", 1) if "timings" in row else 0
+def _by_round(row: Row) -> list[float | None]:
+    """Seconds of attention in each round of the point so far, None where there was no memory; of a point that was
+    measured before there were rounds, one that is not known."""
+    known: list[float | None] = row.get("attention_by_round", [None])
+    return known if "timings" in row else []
 
 
 def _predicted(row: Row, rows: dict[str, Row], plan: Plan, rounds: int) -> float:

@@ -39,6 +39,32 @@ def test_attention_has_exponent_1_in_each_of_n_and_m_and_2_in_dense(found):
     assert laws["n·M"]["points"] == 4 * 3
 
 
+@pytest.fixture(scope="module")
+def in_rounds(rows) -> dict:
+    """Times that grow as (n·M)^1 in the first round, and by n^0.5 more in the second."""
+    return {
+        key: row | {"attention_by_round": [row["attention_seconds"], row["attention_seconds"] * row["tokens"] ** 0.5]}
+        for key, row in rows.items()
+    }
+
+
+def test_each_round_has_exponents_of_its_own(in_rounds):
+    found = analyse(in_rounds.values())
+    assert found["exponents_by_round"]["n"] == pytest.approx([1, 1.5])
+    assert found["exponents_by_round"]["M"] == pytest.approx([1, 1])
+    assert 1 < found["exponents_by_round"]["n·M"][1] < 1.5
+    assert "of n 1.000, 1.500; of M 1.000, 1.000." in report_text([], found, settings(), [])
+
+
+@pytest.mark.parametrize("of_one", [{}, {"attention_by_round": [1.0]}, {"attention_by_round": [1.0, None]}])
+def test_rounds_that_lack_a_point_have_no_exponents(in_rounds, of_one):
+    key = "criss-cross, M = 64, n = 8192"
+    row = {name: value for name, value in in_rounds[key].items() if name != "attention_by_round"} | of_one
+    found = analyse((in_rounds | {key: row}).values())
+    assert found["exponents_by_round"] == {}
+    assert "By each round" not in report_text([], found, settings(), [])
+
+
 def test_contexts_below_the_shortest_are_in_no_exponent_but_in_the_law_of_the_step(rows):
     slow_start = rows | {"criss-cross, M = 32, n = 1024": rows["criss-cross, M = 32, n = 1024"] | {"step_seconds": 9.0}}
     with_start, without = analyse(slow_start.values()), analyse(rows.values())

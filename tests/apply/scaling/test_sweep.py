@@ -68,7 +68,10 @@ def test_a_point_has_the_median_of_all_its_rounds(tmp_path):
 
     rows: dict[str, Any] = {}
     sweep(tmp_path, replace(plan, points=plan.points[:1]), rows, machine)
-    assert [row["attention_seconds"] for row in rows.values()] == pytest.approx([1e-8 * 4096 * 32])
+    [row] = rows.values()
+    seconds = 1e-8 * 4096 * 32
+    assert row["attention_seconds"] == pytest.approx(seconds)
+    assert row["attention_by_round"] == pytest.approx([seconds, 3 * seconds, seconds])
 
 
 def test_after_an_interruption_in_a_later_round_only_what_is_missing_is_measured(tmp_path):
@@ -109,6 +112,7 @@ def test_what_earlier_rounds_measured_stays_if_memory_is_short_in_a_later_one(tm
     rows = run(tmp_path, plan, Machine(does_not_fit=(full,)))
     assert LEFT_OUT not in rows[full]
     assert rows[full]["timings"] == before[full]["timings"]
+    assert rows[full]["attention_by_round"] == [before[full]["attention_seconds"], None]
     assert not to_measure(plan, rows)
 
 
