@@ -116,8 +116,8 @@ def _measured(point: Point, rows: dict[str, Row], plan: Plan, measure_point: Mea
         return row | found | {"for_want_of": MEMORY}
     timings = joined(row["timings"], found) if "timings" in row else found
     of_this_round = medians(found, point.model.depth)["attention_seconds"]
-    row |= {"timings": timings, "attention_by_round": [*_by_round(row), of_this_round]}
-    row |= medians(timings, point.model.depth)
+    rounds = {"attention_by_round": [*_by_round(row), of_this_round]}
+    row = row | medians(timings, point.model.depth) | {"timings": timings} | rounds
     row |= rates(row)
     log.info(
         "  step %.4g s, attention %.4g s: %.1f %% of the time, %.1f %% of the FLOPs",
