@@ -156,8 +156,8 @@ def _rounds_to_go(row: Row | None, rounds: int, budget: float) -> int:
 
 
 def _by_round(row: Row) -> list[float | None]:
-    """Seconds of attention in each round of the point so far, None where there was no memory; of a point that was
-    measured before there were rounds, one that is not known."""
+    """Seconds of attention in each round of the point so far, None where there was no memory; one round that is not
+    known of a point that a version without this list measured."""
     known: list[float | None] = row.get("attention_by_round", [None])
     return known if "timings" in row else []
 

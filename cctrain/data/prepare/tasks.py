@@ -7,7 +7,7 @@ BLAS has started threads may hang. With one worker, or one task, everything runs
 
 A worker ends with this process, however it dies, and a worker that dies is one error, not a wait for ever. It is
 ended by a plain SIGTERM, without a handler that raises: Python would drop the exception if the signal met a
-callback of a garbage collection, and there is nothing to give back that a kill would not leave as well.
+callback of a weak reference, and there is nothing to give back that a kill would not leave as well.
 """
 
 import multiprocessing
