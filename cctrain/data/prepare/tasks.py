@@ -5,11 +5,10 @@ complete; a task whose file exists is not run again, which is all that continuin
 one list do not depend on each other. Worker processes are spawned, never forked: forking where HDF5 or
 BLAS has started threads may hang. With one worker, or one task, everything runs in this process.
 
-A worker ends with this process, however it dies, and a worker that dies is one error, not a wait for ever. It is
-ended by a plain SIGTERM, without a handler that raises: Python would drop the exception if the signal met a
-callback of a weak reference, and there is nothing to give back that a kill would not leave as well.
+A worker ends with this process, however it dies, and a worker that dies is one error, not a wait for ever.
 """
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from cctrain.data.progress import bars
@@ -178,6 +178,7 @@ def _run_here(task: Task, advance: Callable[[str, int], None], keep_going: bool)
 
 def _work(pipe: Connection) -> None:
     """The life of a worker: tasks in, errors and progress out, until the pipe ends."""
+    signal.signal(signal.SIGTERM, _leave)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with suppress(EOFError, ConnectionError):  # nobody listens any more: an error elsewhere has ended the work
         while True:
@@ -191,6 +192,16 @@ def _work(pipe: Connection) -> None:
                 pipe.send(("error", error))
             except Exception:
                 pipe.send(("error", RuntimeError(f"in a worker process:\n{traceback.format_exc()}")))
+    # Leaving already, which is not to begin anew. With SIG_IGN, Python would print a traceback about a signal that it
+    # has received and not handled yet.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """End at once, but give back what libraries hold, such as semaphores, of which Python warns otherwise. Not by an
+    exception: Python drops it, with a traceback, where the signal meets a callback of a weak reference."""
+    atexit._run_exitfuncs()
+    os._exit(1)
 
 
 class _News:

@@ -14,7 +14,7 @@ from cctrain.errors import DataError
 
 # In a module of its own, which worker processes can import wherever the tests are run from.
 JOBS = """
-import os, signal, time, weakref
+import multiprocessing, os, signal, time, weakref
 from pathlib import Path
 from cctrain.errors import DataError
 
@@ -36,6 +36,10 @@ def refuse_after(other, target, advance):
     while not other.exists():
         time.sleep(0.05)
     refuse("no", target, advance)
+
+def wait_with_semaphore(target, advance):
+    semaphore = multiprocessing.get_context("spawn").Lock()
+    wait(target, advance)
 
 def wait_in_callback(target, advance):
     class Watched:
@@ -135,12 +139,23 @@ def test_a_worker_that_nobody_listens_to_any_more_leaves_in_silence(jobs, tmp_pa
     assert capfd.readouterr().err == ""
 
 
-def test_a_worker_is_ended_in_silence_where_python_would_drop_an_exception(jobs, tmp_path, capfd):
-    waiting = tmp_path / "a"
-    tasks = [task(jobs.wait_in_callback, waiting), task(jobs.refuse_after, tmp_path / "b", waiting)]
-    with Workers(2) as pool, pytest.raises(DataError):
-        pool.run(tasks)
-    assert "Traceback" not in capfd.readouterr().err
+@pytest.mark.parametrize("job", ["wait_with_semaphore", "wait_in_callback"])
+def test_a_worker_is_ended_in_silence_wherever_it_is(jobs, tmp_path, job):
+    script = tmp_path / "modules" / "stop.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "from cctrain.data.prepare.tasks import Task, Workers\n"
+        "import jobs_of_a_test as jobs\n"
+        "if __name__ == '__main__':\n"
+        f"    a, b = (Path({str(tmp_path)!r}) / name for name in 'ab')\n"
+        "    with Workers(2) as pool:\n"
+        "        tasks = [(jobs." + job + ", (a,), a), (jobs.refuse_after, (a, b), b)]\n"
+        "        pool.run([Task('t', 'files', 1, place, run, given) for run, given, place in tasks])\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.stderr.rstrip().endswith("DataError: no")  # of the first process, and nothing behind it
+    assert done.stderr.count("Traceback") == 1
 
 
 def test_workers_end_with_the_process_that_started_them(jobs, tmp_path):
